@@ -1,0 +1,69 @@
+# `make test` and `make bench` are all that a fresh clone needs. Everything is installed into .venv;
+# PYTHON= chooses the Python it is made with, CXX= the compiler, PYTEST= adds options for pytest.
+PYTHON ?= python3
+BIN := .venv/bin
+CPP_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SANITIZED := build/sanitized
+SANITIZED_TESTS := tests/test_op.py
+
+.PHONY: help bench test full sanitize lint format build compiled clean
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+
+bench: build  ## check against torch.nn, time against it, train a small language model
+	$(BIN)/python benchmarks/run.py
+
+test: build  ## run the tests
+	$(BIN)/pytest --durations=20 $(PYTEST)
+
+full: build  ## run the tests on their complete grids
+	$(BIN)/pytest --durations=20 --full $(PYTEST)
+
+# Python and torch keep memory to the end, so leaks are not looked for. The C++ run time must be
+# loaded with the sanitizer's, or the sanitizer does not find the throw that it intercepts.
+sanitize: .venv/installed  ## run the op tests on a build with the address and UB sanitizers
+	FUSED_RNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
+	$(BIN)/pytest --durations=20 $(SANITIZED_TESTS) $(PYTEST)
+
+lint: .venv/installed  ## ruff, mypy, clang-format: what pre-commit and CI run
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: .venv/installed  ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+build: .venv/editable  ## compile what changed, in place
+
+clean:  ## remove what was built, and .venv
+	rm -rf .venv build fused_rnn.egg-info fused_rnn/*.so
+
+# $(call need,command,sentence): the sentence is printed when the command fails.
+need = @$(1) >/dev/null 2>&1 || { echo "fused_rnn: $(2)" >&2; exit 1; }
+
+.venv/installed: requirements-dev.txt
+	$(call need,command -v $(PYTHON),$(PYTHON) was not found: apt install python3)
+	$(call need,$(PYTHON) -c 'import sys; sys.exit(not 0x30b <= sys.hexversion >> 16 <= 0x30e)',\
+	    developing needs Python 3.11 to 3.14 and $(PYTHON) is another: name one with PYTHON=)
+	$(call need,$(PYTHON) -c 'import ensurepip',\
+	    $(PYTHON) cannot make a virtual environment: apt install python3-venv)
+	$(call need,test -e "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h",\
+	    the headers of $(PYTHON) are missing: apt install python3-dev)
+	$(call need,command -v $(CXX),there is no C++ compiler ($(CXX) was not found): apt install g++)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# ninja knows what has to be compiled again.
+compiled: .venv/installed
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+# Once: an editable installation is the metadata and a pointer to this folder.
+.venv/editable: .venv/installed pyproject.toml | compiled
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,279 @@
+"""What is run: the shapes of ``workloads.toml``, and one of them as a module with its inputs.
+
+Letters as everywhere in fused_rnn: T time, N batch, I input, H hidden, P projection, L layers,
+D directions.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import tomllib
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+FILE = Path(__file__).with_name("workloads.toml")
+GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+PASSES = {"train": ("forward", "train"), "infer": ("forward",), "step": ("step",)}
+SMALL_GFLOP = 15.0
+"""One call of a small workload: a fifth of a second or less on one core of a present-day server,
+so that five interleaved repeats of every small row fit into ``make bench``."""
+SMALL_GIGABYTES = 2.0
+"""The same limit for packed training, where torch.nn is bound by memory (pytorch#149194)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A shape and how it is used.
+
+    ``mode`` is ``"train"`` (timed forward and forward + backward), ``"infer"`` (forward) or
+    ``"step"`` (one call of the cell module). ``lengths`` is ``None`` (dense) or the distribution
+    of the lengths of a :class:`~torch.nn.utils.rnn.PackedSequence`. ``reset`` is the share of
+    steps that start an episode; torch.nn has no such thing, so here both run without.
+    """
+
+    name: str
+    cell: str
+    I: int  # noqa: E741
+    H: int
+    T: int
+    N: int
+    mode: str
+    L: int = 1
+    D: int = 1
+    P: int = 0
+    lengths: str | None = None
+    reset: float = 0.0
+    dropout: float = 0.0
+    bias: bool = True
+    batch_first: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cell not in GATES:
+            raise ValueError(f"{self.name}: unknown cell {self.cell!r}, expected one of {[*GATES]}")
+        if self.mode not in PASSES:
+            raise ValueError(f"{self.name}: unknown mode {self.mode!r}, expected {[*PASSES]}")
+        if self.lengths not in (None, "uniform", "zipf"):
+            raise ValueError(
+                f"{self.name}: unknown lengths {self.lengths!r}, expected uniform, zipf"
+            )
+        if self.mode == "step" and (self.T, self.L, self.D) != (1, 1, 1):
+            raise ValueError(f"{self.name}: a step is one layer, one direction and T = 1")
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return PASSES[self.mode]
+
+    @property
+    def shape(self) -> str:
+        extra = (f" P{self.P}" if self.P else "") + (f" {self.lengths}" if self.lengths else "")
+        return f"T{self.T} N{self.N} I{self.I} H{self.H} L{self.L} D{self.D}{extra}"
+
+    @property
+    def note(self) -> str:
+        return "resets left out: torch.nn has none" if self.reset else ""
+
+    def sequence_lengths(self) -> Tensor:
+        """The same lengths in every run; the longest is T, so that T means the same everywhere."""
+        if self.lengths is None:
+            return torch.full((self.N,), self.T)
+        weights = (
+            torch.ones(self.T) if self.lengths == "uniform" else 1 / torch.arange(1, self.T + 1)
+        )
+        lengths = 1 + torch.multinomial(
+            weights, self.N, replacement=True, generator=torch.Generator().manual_seed(0)
+        )
+        lengths[self.N // 2] = self.T
+        return lengths
+
+    def gflop(self, kind: str) -> float:
+        """The matrix products of one call, in 10⁹ operations; backward has two for each one."""
+        R = self.P or self.H
+        rows = int(self.sequence_lengths().sum())
+        macs = 0
+        for layer in range(self.L):
+            width = self.I if layer == 0 else R * self.D
+            macs += self.D * ((width + R) * GATES[self.cell] * self.H + self.P * self.H)
+        return 2e-9 * rows * macs * (3 if kind == "train" else 1)
+
+    def packed_gigabytes(self) -> float:
+        """What torch.nn writes in one backward of packed input: it slices the gates of every step
+        out of those of all rows, and the gradient of each slice is as large as the whole."""
+        if self.lengths is None or self.mode != "train":
+            return 0.0
+        rows = int(self.sequence_lengths().sum())
+        return 4e-9 * self.T * rows * GATES[self.cell] * self.H * self.L * self.D
+
+    @property
+    def why_large(self) -> str | None:
+        """Why the default run leaves this workload out, or ``None`` if it is small."""
+        if (written := self.packed_gigabytes()) > SMALL_GIGABYTES:
+            return f"torch.nn writes {written:.0f} GB a call, small is {SMALL_GIGABYTES:.0f}"
+        gflop = max(map(self.gflop, self.passes))
+        return (
+            f"{gflop:.0f} GFLOP a call, small is {SMALL_GFLOP:.0f}" if gflop > SMALL_GFLOP else None
+        )
+
+
+def load(path: Path = FILE) -> list[Workload]:
+    with path.open("rb") as file:
+        table = tomllib.load(file)
+    return [Workload(name=name, **entry) for name, entry in table.items()]
+
+
+def make_module(namespace: ModuleType, w: Workload, **options: Any) -> nn.Module:
+    """The module of ``w`` from ``torch.nn`` or ``fused_rnn``, which take the same arguments."""
+    kind, _, nonlinearity = w.cell.partition("_")
+    if nonlinearity:
+        options["nonlinearity"] = nonlinearity
+    if w.mode == "step":
+        return getattr(namespace, f"{kind.upper()}Cell")(w.I, w.H, bias=w.bias, **options)
+    if w.P:
+        options["proj_size"] = w.P
+    return getattr(namespace, kind.upper())(
+        w.I,
+        w.H,
+        num_layers=w.L,
+        bias=w.bias,
+        batch_first=w.batch_first,
+        dropout=w.dropout,
+        bidirectional=w.D == 2,
+        **options,
+    )
+
+
+@dataclass
+class Case:
+    """A provider's module with its inputs; :meth:`forward`, :meth:`train` and :meth:`step` are
+    what is timed, :meth:`results` what is compared."""
+
+    module: nn.Module
+    input: Tensor | PackedSequence
+    states: Tensor | tuple[Tensor, ...] | None
+    leaves: dict[str, Tensor]
+    draw: Callable[[torch.Size], Tensor]
+    cotangents: list[Tensor] = field(default_factory=list)
+
+    def forward(self) -> Any:
+        with torch.no_grad():
+            return self.module(self.input, self.states)
+
+    step = forward
+
+    def train(self) -> tuple[Tensor, ...]:
+        return self._backward(flatten(self.module(self.input, self.states)))
+
+    def _backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
+        if not self.cotangents:
+            self.cotangents = [self.draw(output.shape) for output in outputs]
+        return torch.autograd.grad(outputs, [*self.leaves.values()], self.cotangents)
+
+    def call(self, kind: str) -> Callable[[], Any]:
+        return {"forward": self.forward, "train": self.train, "step": self.step}[kind]
+
+    def results(self, kind: str) -> dict[str, Tensor]:
+        """Outputs and final states and, for ``"train"``, the gradient of every leaf, by name.
+        The random stream is set first: dropout must draw what torch's draws."""
+        torch.manual_seed(0)
+        names = ("h", "c") if isinstance(self.module, nn.RNNCellBase) else ("output", "h_n", "c_n")
+        if kind != "train":
+            return dict(zip(names, flatten(self.forward()), strict=False))
+        outputs = flatten(self.module(self.input, self.states))
+        gradients = zip((f"d {name}" for name in self.leaves), self._backward(outputs), strict=True)
+        return dict(zip(names, outputs, strict=False)) | dict(gradients)
+
+
+def flatten(result: Any) -> list[Tensor]:
+    """The tensors of a module's result, in order; of a PackedSequence its data."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    return [tensor for part in result for tensor in flatten(part)]
+
+
+def make_case(
+    w: Workload,
+    module: nn.Module,
+    dtype: torch.dtype,
+    *,
+    values: torch.dtype | None = None,
+    with_states: bool | None = None,
+) -> Case:
+    """``module`` in ``dtype`` with the inputs of ``w``: the same for every provider, rounded to
+    ``values`` (default ``dtype``). Training differentiates the input, the states and all
+    parameters, as for a layer in the middle of a model. By default a step is given states and a
+    sequence starts from none."""
+    generator = torch.Generator().manual_seed(0)
+    step = w.mode == "step"
+
+    def draw(size: Sequence[int]) -> Tensor:
+        return torch.randn(size, generator=generator).to(values or dtype).to(dtype)
+
+    size = (w.N,) if step else (w.N, w.T) if w.batch_first else (w.T, w.N)
+    data = draw((*size, w.I))
+    packed = None
+    if w.lengths:
+        lengths = w.sequence_lengths()
+        packed = pack_padded_sequence(data, lengths, w.batch_first, enforce_sorted=False)
+        data = packed.data
+    leaves = {"input": data.requires_grad_()}
+
+    states: tuple[Tensor, ...] = ()
+    if step if with_states is None else with_states:
+        rows = () if step else (w.L * w.D,)
+        widths = {"h0": w.P or w.H} | ({"c0": w.H} if w.cell == "lstm" else {})
+        for name, width in widths.items():
+            leaves[name] = draw((*rows, w.N, width)).requires_grad_()
+        states = tuple(leaves[name] for name in widths)
+
+    module.to(dtype).train(w.mode == "train")
+    return Case(
+        module,
+        data if packed is None else PackedSequence(data, *packed[1:]),
+        (states if w.cell == "lstm" else states[0]) if states else None,
+        leaves | dict(module.named_parameters()),
+        draw,
+    )
+
+
+def make_cases(
+    w: Workload,
+    providers: dict[str, ModuleType],
+    dtype: torch.dtype = torch.float32,
+    *,
+    options: dict[str, dict[str, Any]] | None = None,
+    with_states: bool | None = None,
+) -> dict[str, Case]:
+    """One case for each provider and ``"oracle"``, torch.nn in float64, all with the same weights
+    and inputs. ``options`` are further arguments of a provider's modules."""
+    torch.manual_seed(0)
+    weights = make_module(nn, w).to(dtype).state_dict()
+    cases = {}
+    for name, namespace in (providers | {"oracle": nn}).items():
+        module = make_module(namespace, w, **(options or {}).get(name, {}))
+        module.load_state_dict(weights)
+        own = torch.float64 if name == "oracle" else dtype
+        cases[name] = make_case(w, module, own, values=dtype, with_states=with_states)
+    return cases
+
+
+def select(
+    workloads: list[Workload], *, only: str | None = None, everything: bool = False
+) -> tuple[list[Workload], dict[str, str]]:
+    """What to run, and what is left out with the reason. A name that ``only`` matches is wanted
+    whatever its size."""
+    chosen: list[Workload] = []
+    left_out: dict[str, str] = {}
+    for w in workloads:
+        if only and not re.search(only, w.name):
+            left_out[w.name] = "not matched by --only"
+        elif w.why_large and not everything and not only:
+            left_out[w.name] = w.why_large
+        else:
+            chosen.append(w)
+    return chosen, left_out

@@ -1,0 +1,135 @@
+// The math of every cell, forward and backward side by side, and the only native place where a
+// gate is computed.
+//
+// A is the arithmetic type: float, double, or a SIMD vector of either. The functions call exp,
+// tanh and select unqualified, so that each A brings its own. An operand that is half precision in
+// memory is widened before it gets here.
+//
+//   gx, gh   [G]  the input half and the recurrent half of each gate, biases included
+//   s, s1    [S]  states before and after the step: s[0] = h, s[1] = c
+//   saved         what the backward reads besides s and s1
+//   ds1, ds  [S]  dL/ds1, and the part of dL/ds that does not pass through the recurrent product
+//   dgx, dgh [G]  dL/dgx and dL/dgh
+//
+// A state that is not carried by the cell itself (zoneout) must be kept apart from s1: backward
+// wants the s1 that forward computed.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define FUSED_RNN_FN __host__ __device__ __forceinline__
+#else
+#define FUSED_RNN_FN inline __attribute__((always_inline))
+#endif
+
+// Each instruction-set build keeps its instantiations in a namespace of its own: the linker merges
+// equal names, and would let one build call another's instructions.
+#ifndef FUSED_RNN_NAMESPACE
+#define FUSED_RNN_NAMESPACE fused_rnn
+#endif
+
+namespace FUSED_RNN_NAMESPACE {
+
+FUSED_RNN_FN float select(bool condition, float a, float b) { return condition ? a : b; }
+FUSED_RNN_FN double select(bool condition, double a, double b) { return condition ? a : b; }
+
+template <class A>
+FUSED_RNN_FN A sigmoid(A x) {
+  return A(1) / (A(1) + exp(-x));
+}
+
+// h = tanh(gx + gh)
+struct RnnTanh {
+  static constexpr int kId = 0, kGates = 1, kStates = 1, kSaved = 0;
+  static constexpr bool kHiddenIsElementwise = false;  // h enters only through the product
+  static constexpr bool kSplitsGates = false;          // dgh == dgx
+
+  template <class A>
+  static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A*, A* s1, A*) {
+    s1[0] = tanh(gx[0] + gh[0]);
+  }
+  template <class A>
+  static FUSED_RNN_FN void backward(const A* ds1, const A*, const A*, const A* s1, A* dgx, A* dgh,
+                                    A* ds) {
+    dgx[0] = dgh[0] = ds1[0] * (A(1) - s1[0] * s1[0]);
+    ds[0] = A(0);
+  }
+};
+
+// h = max(gx + gh, 0). A NaN passes, value and gradient, as in torch.
+struct RnnRelu {
+  static constexpr int kId = 1, kGates = 1, kStates = 1, kSaved = 0;
+  static constexpr bool kHiddenIsElementwise = false;
+  static constexpr bool kSplitsGates = false;
+
+  template <class A>
+  static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A*, A* s1, A*) {
+    const A x = gx[0] + gh[0];
+    s1[0] = select(x <= A(0), A(0), x);
+  }
+  template <class A>
+  static FUSED_RNN_FN void backward(const A* ds1, const A*, const A*, const A* s1, A* dgx, A* dgh,
+                                    A* ds) {
+    dgx[0] = dgh[0] = select(s1[0] <= A(0), A(0), ds1[0]);
+    ds[0] = A(0);
+  }
+};
+
+// i, f, o = sigmoid(gx + gh);  g = tanh(gx + gh);  c' = f c + i g;  h' = o tanh(c')
+struct Lstm {
+  static constexpr int kId = 2, kGates = 4, kStates = 2, kSaved = 4;
+  static constexpr bool kHiddenIsElementwise = false;
+  static constexpr bool kSplitsGates = false;
+
+  template <class A>
+  static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A* s, A* s1, A* saved) {
+    const A i = saved[0] = sigmoid(gx[0] + gh[0]);
+    const A f = saved[1] = sigmoid(gx[1] + gh[1]);
+    const A g = saved[2] = tanh(gx[2] + gh[2]);
+    const A o = saved[3] = sigmoid(gx[3] + gh[3]);
+    s1[1] = f * s[1] + i * g;
+    s1[0] = o * tanh(s1[1]);
+  }
+  template <class A>
+  static FUSED_RNN_FN void backward(const A* ds1, const A* saved, const A* s, const A* s1, A* dgx,
+                                    A* dgh, A* ds) {
+    const A i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const A tanh_c = tanh(s1[1]);
+    const A dc = ds1[1] + ds1[0] * o * (A(1) - tanh_c * tanh_c);
+    dgx[0] = dgh[0] = dc * g * i * (A(1) - i);
+    dgx[1] = dgh[1] = dc * s[1] * f * (A(1) - f);
+    dgx[2] = dgh[2] = dc * i * (A(1) - g * g);
+    dgx[3] = dgh[3] = ds1[0] * tanh_c * o * (A(1) - o);
+    ds[0] = A(0);
+    ds[1] = dc * f;
+  }
+};
+
+// r, z = sigmoid(gx + gh);  n = tanh(gx + r gh);  h' = (1 - z) n + z h
+struct Gru {
+  static constexpr int kId = 3, kGates = 3, kStates = 1, kSaved = 4;
+  static constexpr bool kHiddenIsElementwise = true;
+  static constexpr bool kSplitsGates = true;
+
+  template <class A>
+  static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A* s, A* s1, A* saved) {
+    const A r = saved[0] = sigmoid(gx[0] + gh[0]);
+    const A z = saved[1] = sigmoid(gx[1] + gh[1]);
+    const A n = saved[2] = tanh(gx[2] + r * gh[2]);
+    saved[3] = gh[2];
+    s1[0] = n + z * (s[0] - n);
+  }
+  template <class A>
+  static FUSED_RNN_FN void backward(const A* ds1, const A* saved, const A* s, const A*, A* dgx,
+                                    A* dgh, A* ds) {
+    const A r = saved[0], z = saved[1], n = saved[2];
+    dgx[2] = ds1[0] * (A(1) - z) * (A(1) - n * n);
+    dgh[2] = dgx[2] * r;
+    dgx[0] = dgh[0] = dgx[2] * saved[3] * r * (A(1) - r);
+    dgx[1] = dgh[1] = ds1[0] * (s[0] - n) * z * (A(1) - z);
+    ds[0] = ds1[0] * z;
+  }
+};
+
+}  // namespace FUSED_RNN_NAMESPACE

@@ -1,0 +1,153 @@
+// The recurrent product: a panel of weights, packed once a call, times the states of a few rows.
+//
+// A panel holds V vectors of outputs for all K inputs, [K][V][kWidth], so that the inner loop
+// reads it front to back. Each row of states comes by its own pointer: held rows are left out and
+// cleared rows point at zeros, without copies. Every output is one chain of multiply-adds in the
+// order of k whatever the tile, so results do not depend on how rows were split over threads.
+#pragma once
+
+#include "simd.h"
+
+namespace FUSED_RNN_NAMESPACE {
+
+inline constexpr int kMaxVectors = 4;  // of outputs in a panel
+inline constexpr int kMaxRows = 8;     // of states in a tile
+
+// Rows whose accumulators fit the registers beside V weight vectors and a broadcast state.
+constexpr int tile_rows(int vectors) {
+  const int rows = (kRegisters - 1 - (kRegisters > 16 ? vectors : 1)) / vectors;
+  return rows < kMaxRows ? rows : kMaxRows;
+}
+
+// out[row][v] = bias[v] + sum over k of panel[k][v] * x[row][k]
+template <class A, int V, int N>
+void multiply_tile(const A* panel, const A* bias, const A* const* x, int64_t K, A* out) {
+  Vec<A> sum[N][V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    const Vec<A> start = bias ? Vec<A>::load(bias + v * Vec<A>::kWidth) : Vec<A>(0);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[n][v] = start;
+  }
+  const A* row[N];
+  for (int n = 0; n < N; ++n) row[n] = x[n];
+  for (int64_t k = 0; k < K; ++k, panel += V * Vec<A>::kWidth) {
+    Vec<A> weight[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) weight[v] = Vec<A>::load(panel + v * Vec<A>::kWidth);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vec<A> state(row[n][k]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[n][v] = weight[v] * state + sum[n][v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sum[n][v].store(out + (n * V + v) * Vec<A>::kWidth);
+}
+
+template <class A>
+using MultiplyTile = void (*)(const A*, const A*, const A* const*, int64_t, A*);
+
+template <class A, int V, int N>
+MultiplyTile<A> find_tile(int rows) {
+  if constexpr (N > 1) {
+    if (rows < N) return find_tile<A, V, N - 1>(rows);
+  }
+  return multiply_tile<A, V, N>;
+}
+
+template <class A>
+MultiplyTile<A> find_tile(int vectors, int rows) {
+  switch (vectors) {
+    case 1: return find_tile<A, 1, tile_rows(1)>(rows);
+    case 2: return find_tile<A, 2, tile_rows(2)>(rows);
+    case 3: return find_tile<A, 3, tile_rows(3)>(rows);
+    default: return find_tile<A, 4, tile_rows(4)>(rows);
+  }
+}
+
+// A weight matrix as panels. An output is (gate, unit); a panel holds every gate of `blocks`
+// vectors of neighbouring units, so that one tile ends with all that a state update needs.
+template <class A>
+struct Panels {
+  int64_t gates, units, K;
+  int blocks;  // vectors of units in a panel; the last panel may have fewer
+  A* weights;
+  A* bias;  // or null
+
+  static constexpr int64_t kWidth = Vec<A>::kWidth;
+
+  Panels(int64_t gates, int64_t units, int64_t K)
+      : gates(gates), units(units), K(K), blocks(int(kMaxVectors / gates)) {}
+
+  int64_t unit_blocks() const { return (units + kWidth - 1) / kWidth; }
+  int64_t count() const { return (unit_blocks() + blocks - 1) / blocks; }
+  int64_t size() const { return unit_blocks() * gates * K * kWidth; }
+  int64_t bias_size() const { return unit_blocks() * gates * kWidth; }
+
+  int64_t first_block(int64_t panel) const { return panel * blocks; }
+  int block_count(int64_t panel) const {
+    const int64_t left = unit_blocks() - first_block(panel);
+    return int(left < blocks ? left : blocks);
+  }
+  int vectors(int64_t panel) const { return int(gates) * block_count(panel); }
+  const A* panel_weights(int64_t panel) const {
+    return weights + first_block(panel) * gates * K * kWidth;
+  }
+  const A* panel_bias(int64_t panel) const {
+    return bias ? bias + first_block(panel) * gates * kWidth : nullptr;
+  }
+
+  // matrix [gates*units, K], as torch stores w_hh
+  template <class T>
+  void pack(const T* matrix, const T* bias_vector) {
+    for (int64_t panel = 0; panel < count(); ++panel)
+      for (int b = 0; b < block_count(panel); ++b)
+        for (int64_t gate = 0; gate < gates; ++gate)
+          pack_block(matrix, bias_vector, panel, b, gate);
+  }
+
+  // matrix [K, units], read as its transpose: what the backward multiplies by. One gate.
+  template <class T>
+  void pack_transposed(const T* matrix) {
+    for (int64_t panel = 0; panel < count(); ++panel) {
+      const int64_t unit = first_block(panel) * kWidth, stride = block_count(panel) * kWidth;
+      A* to = const_cast<A*>(panel_weights(panel));
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t b = 0; b < block_count(panel); ++b) {
+          const int64_t u = unit + b * kWidth;
+          Vec<A>::load(matrix + k * units + u, units - u).store(to + k * stride + b * kWidth);
+        }
+    }
+  }
+
+ private:
+  template <class T>
+  void pack_block(const T* matrix, const T* bias_vector, int64_t panel, int b, int64_t gate) {
+    // Slices of a vector's width in k keep both the rows read and the lines written in L1.
+    const int64_t unit = (first_block(panel) + b) * kWidth;
+    const int64_t stride = int64_t(vectors(panel)) * kWidth;
+    const int64_t column = (b * gates + gate) * kWidth;
+    A* to = const_cast<A*>(panel_weights(panel)) + column;
+    for (int64_t k0 = 0; k0 < K; k0 += kWidth) {
+      const int64_t n = K - k0 < kWidth ? K - k0 : kWidth;
+      for (int64_t lane = 0; lane < kWidth; ++lane) {
+        A row[kWidth] = {};
+        if (unit + lane < units)
+          Vec<A>::load(matrix + (gate * units + unit + lane) * K + k0, n).store(row);
+        for (int64_t k = 0; k < n; ++k) to[(k0 + k) * stride + lane] = row[k];
+      }
+    }
+    if (!bias) return;
+    A* bias_to = const_cast<A*>(panel_bias(panel)) + column;
+    const int64_t n = units - unit;
+    const Vec<A> values =
+        bias_vector ? Vec<A>::load(bias_vector + gate * units + unit, n) : Vec<A>(0);
+    values.store(bias_to);
+  }
+};
+
+}  // namespace FUSED_RNN_NAMESPACE

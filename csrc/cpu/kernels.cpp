@@ -1,0 +1,61 @@
+// The time loops of one dtype for one instruction set. setup.py compiles this file once for each
+// pair, with FUSED_RNN_ISA (baseline, avx2, avx512) and FUSED_RNN_SCALAR (float, double, bfloat16,
+// half).
+#define FUSED_RNN_JOIN_(a, b) a##b
+#define FUSED_RNN_JOIN(a, b) FUSED_RNN_JOIN_(a, b)
+#define FUSED_RNN_NAMESPACE FUSED_RNN_JOIN(fused_rnn_, FUSED_RNN_ISA)
+
+#include "backward.h"
+#include "forward.h"
+
+namespace FUSED_RNN_NAMESPACE {
+namespace {
+
+using bfloat16 = BFloat16;
+using half = Half;
+
+template <class Args, class Weights, class Run>
+constexpr fused_rnn::Loop<Args> make_loop() {
+  return {[](const Args& args) {
+            Arena arena;
+            Weights weights(args, arena);
+            return arena.used;
+          },
+          [](const Args& args, Share share) {
+            Arena none, arena;
+            Weights weights(args, none);
+            Run run(args, weights, share, arena);
+            return arena.used;
+          },
+          [](const Args& args, char* memory) {
+            Arena arena{memory};
+            Weights(args, arena).pack(args);
+          },
+          [](const Args& args, Share share, char* memory, char* scratch) {
+            Arena weights_arena{memory}, arena{scratch};
+            Weights weights(args, weights_arena);
+            Run(args, weights, share, arena).run();
+          }};
+}
+
+template <class Cell, class T>
+constexpr auto forward_loop =
+    make_loop<ForwardArgs, ForwardWeights<Cell, T>, Forward<Cell, T>>();
+template <class Cell, class T>
+constexpr auto backward_loop =
+    make_loop<BackwardArgs, BackwardWeights<Cell, T>, Backward<Cell, T>>();
+
+template <class T>
+constexpr fused_rnn::Kernels kKernels = {
+    {forward_loop<RnnTanh, T>, forward_loop<RnnRelu, T>, forward_loop<Lstm, T>,
+     forward_loop<Gru, T>},
+    {backward_loop<RnnTanh, T>, backward_loop<RnnRelu, T>, backward_loop<Lstm, T>,
+     backward_loop<Gru, T>}};
+
+}  // namespace
+
+const fused_rnn::Kernels& FUSED_RNN_JOIN(kernels_, FUSED_RNN_SCALAR)() {
+  return kKernels<FUSED_RNN_SCALAR>;
+}
+
+}  // namespace FUSED_RNN_NAMESPACE

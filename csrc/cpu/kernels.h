@@ -1,0 +1,32 @@
+// What an instruction-set build offers to the code that chooses among them: plain data and
+// function pointers, so that nothing compiled for one build is called by another.
+#pragma once
+
+#include <stddef.h>
+
+#include "../layer.h"
+
+namespace fused_rnn {
+
+// Rows first, first + stride, ... of the batch: what one thread runs.
+struct Share {
+  int64_t first, stride, count;
+};
+
+template <class Args>
+struct Loop {
+  size_t (*weight_bytes)(const Args&);
+  size_t (*scratch_bytes)(const Args&, Share);
+  void (*pack)(const Args&, char* weights);
+  void (*run)(const Args&, Share, char* weights, char* scratch);
+};
+
+// Of one dtype, by CellId.
+struct Kernels {
+  Loop<ForwardArgs> forward[kCellCount];
+  Loop<BackwardArgs> backward[kCellCount];
+};
+
+enum Scalar : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kScalarCount = 4 };
+
+}  // namespace fused_rnn

@@ -1,0 +1,70 @@
+// One layer, one direction: what a backend is asked to run. Plain data, no torch in it; the
+// meaning of each tensor is in docs/architecture.md. Every tensor is contiguous. Pointers that may
+// be null say so.
+#pragma once
+
+#include <stdint.h>
+
+namespace fused_rnn {
+
+enum CellId : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3, kCellCount = 4 };
+
+enum ControlBits : uint8_t { kClear = 1, kHold = 2, kCut = 4 };
+
+struct CellShape {
+  const char* name;
+  int64_t gates, states, saved;
+  bool splits_gates;
+};
+
+inline constexpr CellShape kCellShapes[kCellCount] = {
+    {"rnn_tanh", 1, 1, 0, false},
+    {"rnn_relu", 1, 1, 0, false},
+    {"lstm", 4, 2, 4, false},
+    {"gru", 3, 1, 4, true},
+};
+
+// What forward and backward share.
+struct Layer {
+  int cell;
+  bool reverse;
+  int64_t T, N, H, R;      // R = P with a projection, else H
+  const void* w_hh;        // [G*H, R]
+  const void* w_hr;        // [P, H] or null
+  const uint8_t* control;  // [T, N] or null
+  const int32_t* rows;     // [T, N] or null
+};
+
+// io: the dtype of gx. carry: float for the half types, else io.
+struct ForwardArgs : Layer {
+  bool save;
+  const void* gx;    // io [M, G*H], M = T*N without `rows`
+  const void* b_hh;  // io [G*H] or null
+  const void* h0;    // carry [N, R] or null
+  const void* c0;    // carry [N, H] or null
+  void* h;           // io [M, R]
+  void* c;           // io [M, H] or null
+  void* h_n;         // carry [N, R]
+  void* c_n;         // carry [N, H] or null
+  void* saved;       // io [M, kSaved*H] or null
+};
+
+struct BackwardArgs : Layer {
+  const void* dh;     // io [M, R] or null
+  const void* dc;     // io [M, H] or null
+  const void* dh_n;   // carry [N, R] or null
+  const void* dc_n;   // carry [N, H] or null
+  const void* h;      // io [M, R]
+  const void* c;      // io [M, H] or null
+  const void* saved;  // io [M, kSaved*H] or null
+  const void* h0;     // io [N, R] or null
+  const void* c0;     // io [N, H] or null
+  void* dgx;          // io [M, G*H]
+  void* dgh;          // io [M, G*H], or null where it equals dgx
+  void* dh0;          // carry [N, R]
+  void* dc0;          // carry [N, H] or null
+  void* h_in;         // io [M, R] or null
+  void* dh_total;     // io [M, R] or null
+};
+
+}  // namespace fused_rnn

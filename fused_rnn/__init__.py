@@ -1,0 +1,22 @@
+"""Fast recurrent networks, drop-in for ``torch.nn``'s RNN, LSTM, GRU and their cells."""
+
+from .backends import use_backend
+from .cell_modules import GRUCell, LSTMCell, RNNCell
+from .convert import convert, revert
+from .explain import explain
+from .modules import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "convert",
+    "explain",
+    "revert",
+    "use_backend",
+]

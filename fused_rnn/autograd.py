@@ -1,0 +1,133 @@
+"""The native ops as differentiable functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import reference
+from .cells import Cell
+
+ops = torch.ops.fused_rnn
+
+# Inputs of _Layer that may need a gradient, in order, behind the cell and the direction.
+_TENSORS = ("gx", "w_hh", "b_hh", "h0", "c0", "w_hr")
+
+
+class _Layer(torch.autograd.Function):
+    """One layer in one direction. The inputs after ``reverse`` are _TENSORS, control, rows."""
+
+    @staticmethod
+    def forward(cell: Cell, reverse: bool, gx, w_hh, b_hh, h0, c0, w_hr, control, rows):  # type: ignore[override]
+        return ops.layer(
+            cell.id, gx, w_hh, b_hh, h0, c0, reverse, True, control, rows, w_hr, None, None
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.cell, ctx.reverse, *tensors = inputs
+        h, c, _, c_n, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c, c_n)))
+        ctx.save_for_backward(*tensors, h, c, saved)
+
+    @staticmethod
+    def backward(ctx: Any, dh, dc, dh_n, dc_n, _):  # type: ignore[override]
+        *inputs, h, c, saved = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            run = _differentiable_backward
+            arguments = (inputs, (dh, dc, dh_n, dc_n), ctx.needs_input_grad[2:8])
+        else:
+            run = _backward
+            arguments = (inputs, (dh, dc, dh_n, dc_n), (h, c, saved), ctx.needs_input_grad[2:8])
+        return None, None, *run(ctx.cell, ctx.reverse, *arguments), None, None
+
+
+def _backward(cell: Cell, reverse: bool, inputs, grads, kept, needs) -> tuple[Tensor | None, ...]:
+    gx, w_hh, b_hh, h0, c0, w_hr, control, rows = inputs
+    h, c, saved = kept
+    dgx, dgh, dh0, dc0, h_in, dh_total = ops.layer_backward(
+        cell.id, *grads, h, c, saved, w_hh, h0, c0, reverse, control, rows, w_hr, None, None
+    )
+    if cell.folds_bias:
+        dgh = dgx
+    return (
+        dgx if needs[0] else None,
+        _recurrent_weight_grad(dgh, h, h0, h_in, reverse) if needs[1] else None,
+        dgh.flatten(0, -2).sum(0) if needs[2] else None,
+        dh0.to(h0.dtype) if needs[3] else None,
+        dc0.to(c0.dtype) if needs[4] else None,
+        _projection_grad(dh_total, c, saved) if needs[5] else None,
+    )
+
+
+def _recurrent_weight_grad(dgh: Tensor, h: Tensor, h0: Tensor | None, h_in: Tensor, reverse: bool):
+    """``dgh.T @ (h that entered each product)``, which is h shifted by one step behind h0."""
+    if h_in.dim() > 1:
+        return dgh.flatten(0, -2).T @ h_in.flatten(0, -2)
+    first, later, earlier = (-1, dgh[:-1], h[1:]) if reverse else (0, dgh[1:], h[:-1])
+    dw = later.flatten(0, 1).T @ earlier.flatten(0, 1)
+    return dw if h0 is None else dw.addmm_(dgh[first].T, h0.to(dw.dtype))
+
+
+def _projection_grad(dh_total: Tensor, c: Tensor, saved: Tensor) -> Tensor:
+    hidden = c.size(-1)
+    unprojected = saved[..., 3 * hidden :] * c.tanh()
+    return dh_total.flatten(0, -2).T @ unprojected.flatten(0, -2)
+
+
+def _differentiable_backward(cell: Cell, reverse: bool, inputs, grads, needs):
+    """The same gradients as a graph, for a second derivative: from the reference's own graph.
+
+    Differentiated are aliases of the inputs, so that an input computed from another one does not
+    count twice.
+    """
+    *tensors, control, rows = (x if x is None else x.view_as(x) for x in inputs)
+    gx, w_hh, b_hh, h0, c0, w_hr = tensors
+    outputs = reference.layer(
+        cell, gx, w_hh, b_hh, h0, c0, reverse=reverse, control=control, rows=rows, w_hr=w_hr
+    )
+    used = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if y is not None and dy is not None]
+    wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [y for y, _ in used],
+            wanted,
+            [dy for _, dy in used],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return tuple(next(found) if need else None for need in needs)
+
+
+def layer(
+    cell: Cell,
+    gx: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    *,
+    reverse: bool = False,
+    control: Tensor | None = None,
+    rows: Tensor | None = None,
+    w_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
+
+    Returns:
+        ``h, c, h_n, c_n``. ``c`` is ``None`` for cells without one, and where no gradient is
+        needed, since nothing then keeps the cell states.
+    """
+    tensors = (gx, w_hh, b_hh, h0, c0, w_hr)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        h, c, h_n, c_n, _ = _Layer.apply(cell, reverse, *tensors, control, rows)
+    else:
+        h, c, h_n, c_n, _ = ops.layer(
+            cell.id, gx, w_hh, b_hh, h0, c0, reverse, False, control, rows, w_hr, None, None
+        )
+    has_c = cell.states == 2
+    return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

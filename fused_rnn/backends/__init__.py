@@ -1,0 +1,158 @@
+"""Backends: the ways to run a time loop, and the choice among them.
+
+A backend is a module here with ``NAME``, ``available() -> str | None`` and
+``supports(problem) -> str | None`` (the reason why not), ``explain(problem) -> str`` (which
+algorithm), and one or more of
+
+- ``layer(...)``: one layer in one direction over all steps;
+- ``stack(...)``: all layers and directions in one call;
+- ``cell_step(...)``: one step of one layer, with ``cell_grad`` saying whether it is differentiable.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import dtype as DType
+from typing_extensions import Self
+
+from . import cpu, reference
+from . import torch as torch_nn
+
+
+class Problem(NamedTuple):
+    """What is asked of a backend. While compiling, sizes may be symbolic: do not branch on them.
+
+    Args:
+        cell: name of the cell, a key of :data:`fused_rnn.cells.CELLS`.
+        dtype: dtype of ``gx``, that is, of the computation.
+        device: device type, such as ``"cpu"``.
+        T, N, I, H, P: sizes; ``T`` is 0 for one step of a cell module, ``P`` is 0 without a
+            projection. With packed input ``T`` and ``N`` are the longest length and largest batch.
+        layers, directions: how many.
+        grad: a backward may follow.
+        packed: rows are compact, as in a ``PackedSequence``.
+        compiling: ``torch.compile`` or ``torch.export`` is tracing.
+        options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep``.
+    """
+
+    cell: str
+    dtype: DType
+    device: str
+    T: int
+    N: int
+    I: int  # noqa: E741
+    H: int
+    P: int
+    layers: int
+    directions: int
+    grad: bool
+    packed: bool
+    compiling: bool
+    options: tuple[str, ...] = ()
+
+
+# In the order in which they are asked and explained.
+BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cpu, torch_nn, reference)}
+
+
+class _Choice(threading.local):
+    """The calling thread's choice. Not a ContextVar: dynamo cannot trace one under fullgraph."""
+
+    name = "auto"
+
+
+_choice = _Choice()
+
+
+class use_backend:  # noqa: N801
+    """Context manager: modules whose ``backend`` is ``"auto"`` use this one, in this thread.
+
+    A backward runs on the backend of its forward, wherever it is called. A module built with an
+    explicit ``backend=`` keeps its own.
+
+    Args:
+        name: ``"cpu"``, ``"torch"``, ``"reference"`` or ``"auto"``.
+
+    Raises:
+        ValueError: there is no backend of that name.
+
+    Example::
+
+        >>> with fused_rnn.use_backend("reference"):
+        ...     expected, _ = rnn(input)
+    """
+
+    def __init__(self, name: str) -> None:
+        check_name(name)
+        self.name = name
+        self.previous: list[str] = []
+
+    def __enter__(self) -> Self:
+        self.previous.append(_choice.name)
+        _choice.name = self.name
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _choice.name = self.previous.pop()
+
+
+def check_name(name: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is a backend or ``"auto"``."""
+    if name != "auto" and name not in BACKENDS:
+        known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+        raise ValueError(f"unknown backend {name!r}: expected one of {known}")
+
+
+def requested(own: str) -> str:
+    """A module's own choice, or where that is ``"auto"`` the thread's."""
+    return _choice.name if own == "auto" else own
+
+
+def faster_than_torch(problem: Problem) -> bool:
+    """Whether the measured crossover favours our loop over torch.nn's kernels."""
+    return True
+
+
+def refusal(backend: ModuleType, problem: Problem) -> str | None:
+    """Why ``backend`` cannot run ``problem``, or None."""
+    return backend.available() or backend.supports(problem)
+
+
+def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
+    """The backend for ``problem`` under the request ``name``, and why."""
+    if name != "auto":
+        check_name(name)
+        backend = BACKENDS[name]
+        reason = refusal(backend, problem)
+        if reason is not None:
+            raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
+        return backend, "asked for"
+    if refusal(cpu, problem) is None:
+        if (
+            problem.compiling
+            or faster_than_torch(problem)
+            or refusal(torch_nn, problem) is not None
+        ):
+            return cpu, "the time loop in one native call"
+        return torch_nn, "measured faster than our loop at this size"
+    if not problem.compiling and refusal(torch_nn, problem) is None:
+        return torch_nn, "the native loop cannot run this, torch.nn can"
+    return reference, "nothing else can run this"
+
+
+def select(problem: Problem, name: str = "auto") -> ModuleType:
+    """The backend for ``problem``.
+
+    Args:
+        problem: what is to be run.
+        name: a backend's name, or ``"auto"``. Default: ``"auto"``
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the named backend is unavailable or cannot run the problem. An explicit
+            choice never falls back.
+    """
+    return choose(problem, name)[0]

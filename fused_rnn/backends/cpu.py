@@ -1,0 +1,39 @@
+"""The native CPU loops: ``csrc/cpu``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import native
+from ..autograd import layer
+
+if TYPE_CHECKING:
+    from . import Problem
+
+__all__ = ["NAME", "available", "explain", "layer", "supports"]
+
+NAME = "cpu"
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NOT_YET = ("h_mask", "keep")
+
+
+def available() -> str | None:
+    return native.UNAVAILABLE
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.device != "cpu":
+        return f"it runs on the CPU, and the input is on {problem.device}"
+    if problem.dtype not in _DTYPES:
+        return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
+    missing = [option for option in problem.options if option in _NOT_YET]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    return None
+
+
+def explain(problem: Problem) -> str:
+    return "one native call a layer and direction"

@@ -1,0 +1,103 @@
+"""The oracle: the time loop in plain PyTorch, any dtype and device, differentiable to any order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..cells import Cell, carry_dtype
+
+if TYPE_CHECKING:
+    from . import Problem
+
+NAME = "reference"
+
+CLEAR, HOLD, CUT = 1, 2, 4
+
+
+def available() -> str | None:
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    return None
+
+
+def explain(problem: Problem) -> str:
+    return "one PyTorch loop over the steps"
+
+
+def layer(
+    cell: Cell,
+    gx: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    control: Tensor | None = None,
+    rows: Tensor | None = None,
+    w_hr: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
+
+    The half types are computed in float32 and rounded once, in the visible output.
+    """
+    steps, batch = (gx if rows is None else rows).shape[:2]
+    carry = carry_dtype(gx.dtype)
+    x, w, b = gx.to(carry), w_hh.to(carry), None if b_hh is None else b_hh.to(carry)
+    projection = None if w_hr is None else w_hr.to(carry)
+    widths = (w_hh.size(1), w_hh.size(0) // cell.gates)[: cell.states]
+    states = tuple(
+        x.new_zeros(batch, width) if s is None else s.to(carry)
+        for s, width in zip((h0, c0), widths, strict=False)
+    )
+    hold = None if rows is None else rows < 0
+    if control is not None:
+        hold = (control & HOLD) != 0 if hold is None else hold | ((control & HOLD) != 0)
+
+    seen: list[tuple[Tensor, ...]] = []
+    for t in reversed(range(steps)) if reverse else range(steps):
+        entering = states
+        if control is not None:
+            cut = ((control[t] & CUT) != 0).unsqueeze(-1)
+            clear = ((control[t] & CLEAR) != 0).unsqueeze(-1)
+            entering = tuple(torch.where(cut, s.detach(), s) for s in entering)
+            entering = tuple(s.masked_fill(clear, 0) for s in entering)
+        x_t = x[t] if rows is None else _read(x, rows[t])
+        stepped = cell.step(x_t, torch.nn.functional.linear(entering[0], w, b), entering)
+        if projection is not None:
+            stepped = (torch.nn.functional.linear(stepped[0], projection), *stepped[1:])
+        if hold is None:
+            states = stepped
+            seen.append(states)
+        else:
+            held = hold[t].unsqueeze(-1)
+            states = tuple(torch.where(held, s, n) for s, n in zip(states, stepped, strict=True))
+            seen.append(tuple(s.masked_fill(held, 0) for s in states))
+
+    if reverse:
+        seen.reverse()
+    visible = [torch.stack(s).to(gx.dtype) for s in zip(*seen, strict=True)]
+    if rows is not None:
+        visible = [_compact(v, rows, gx.size(0)) for v in visible]
+    if cell.states == 1:
+        return visible[0], None, states[0], None
+    return visible[0], visible[1], states[0], states[1]
+
+
+def _read(x: Tensor, rows: Tensor) -> Tensor:
+    """The compact rows of one step; a step that holds reads some row and ignores it."""
+    if x.size(0) == 0:
+        return x.new_zeros(rows.size(0), x.size(1))
+    return x.index_select(0, rows.clamp(min=0).long())
+
+
+def _compact(visible: Tensor, rows: Tensor, size: int) -> Tensor:
+    """``[T,N,*]`` to ``[M,*]``: row ``rows[t, n]`` is what step t shows of sequence n."""
+    live = rows >= 0
+    out = visible.new_zeros(size, visible.size(-1))
+    return out.index_copy(0, rows[live].long(), visible[live])

@@ -1,0 +1,88 @@
+"""torch.nn's own kernels (oneDNN, cuDNN, MKL and ATen loops), whole stacks at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import _VF, Tensor
+
+from ..cells import Cell
+
+if TYPE_CHECKING:
+    from . import Problem
+
+NAME = "torch"
+
+_STEPS = {
+    "rnn_tanh": _VF.rnn_tanh_cell,
+    "rnn_relu": _VF.rnn_relu_cell,
+    "lstm": _VF.lstm_cell,
+    "gru": _VF.gru_cell,
+}
+_STACKS = {
+    "rnn_tanh": _VF.rnn_tanh,
+    "rnn_relu": _VF.rnn_relu,
+    "lstm": _VF.lstm,
+    "gru": _VF.gru,
+}
+
+
+def available() -> str | None:
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    if problem.options:
+        return f"torch.nn has no {', '.join(problem.options)}"
+    return None
+
+
+def explain(problem: Problem) -> str:
+    return "torch.nn's kernel for the whole stack" if problem.T else "torch.nn's cell"
+
+
+def stack(
+    cell: Cell,
+    input: Tensor,
+    states: tuple[Tensor, ...] | None,
+    weights: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None,
+    batch: int,
+    bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+    training: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """All layers and directions; ``weights`` flat, in torch.nn's order."""
+    if states is None:
+        blocks = num_layers * (2 if bidirectional else 1)
+        widths = (weights[1].size(1), weights[1].size(0) // cell.gates)[: cell.states]
+        states = tuple(input.new_zeros(blocks, batch, width) for width in widths)
+    hx = states if cell.states == 2 else states[0]
+    options = (bias, num_layers, dropout, training, bidirectional)
+    if batch_sizes is None:
+        result = _STACKS[cell.name](input, hx, weights, *options, False)
+    else:
+        result = _STACKS[cell.name](input, batch_sizes, hx, weights, *options)
+    return result[0], tuple(result[1:])
+
+
+def cell_step(
+    cell: Cell,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step of one layer."""
+    if h is None:
+        h = c = x.new_zeros(x.size(0), w_hh.size(1))
+    hx = (h, c) if cell.states == 2 else h
+    result = _STEPS[cell.name](x, hx, w_ih, w_hh, b_ih, b_hh)
+    return result if cell.states == 2 else (result, None)

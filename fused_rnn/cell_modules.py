@@ -1,0 +1,217 @@
+"""Drop-ins for torch.nn's cells: one step of one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.modules.rnn import RNNCellBase
+
+from . import functional
+from .backends import Problem, check_name
+from .cells import CELLS, Cell, States
+from .functional import Weights
+from .modules import fx_leaf, with_backend
+
+
+class _CellModule(RNNCellBase):
+    """What the cells share: one step around :func:`functional.step`."""
+
+    backend: str = "auto"
+    _name: str  # in torch.nn's sentences
+
+    def __init__(self, *args: Any, backend: str, **kwargs: Any) -> None:
+        check_name(backend)
+        super().__init__(*args, **kwargs)
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        return with_backend(super().extra_repr(), self.backend)
+
+    def describe(self, input: Tensor, hx: Any = None) -> Problem:
+        """What a call with these arguments asks of a backend; see :func:`fused_rnn.explain`."""
+        if input.dim() == 1:
+            input = input.unsqueeze(0)
+        states = hx if hx is None or isinstance(hx, tuple) else (hx,)
+        return functional.describe_step(self._cell, input, states, self._weights())
+
+    def _weights(self) -> Weights:
+        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+    def _step(self, input: Tensor, states: States | None) -> States:
+        """Batched input; the states' dimensions are right, their sizes are not yet checked."""
+        n, size = input.shape
+        if size != self.input_size:
+            raise RuntimeError(
+                f"input has inconsistent input_size: got {size} expected {self.input_size}"
+            )
+        for k, state in enumerate(states or ()):
+            if state.size(0) != n:
+                raise RuntimeError(
+                    f"Input batch size {n} doesn't match hidden{k} batch size {state.size(0)}"
+                )
+            if state.size(1) != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, "
+                    f"expected {self.hidden_size}"
+                )
+        return functional.step(self._cell, input, states, self._weights(), self.backend)
+
+    def _check_dim(self, what: str, tensor: Tensor) -> None:
+        if tensor.dim() not in (1, 2):
+            raise ValueError(
+                f"{self._name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead"
+            )
+
+    def _forward_one(self, input: Tensor, hx: Tensor | None) -> Any:
+        """``forward`` of the cells with one state."""
+        leaf = fx_leaf(self, input, hx)
+        if leaf is not None:
+            return leaf
+        self._check_dim("input", input)
+        if hx is not None:
+            self._check_dim("hidden", hx)
+        if input.dim() == 2:
+            return self._step(input, None if hx is None else (hx,))[0]
+        return self._step(input.unsqueeze(0), None if hx is None else (hx.unsqueeze(0),))[
+            0
+        ].squeeze(0)
+
+
+class RNNCell(_CellModule):
+    r"""One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`: see :class:`RNN`.
+
+    Args:
+        input_size, hidden_size, bias, nonlinearity, device, dtype, backend: as for :class:`RNN`.
+
+    Inputs: input ``[N,I]`` or ``[I]``, hidden ``[N,H]`` or ``[H]`` (default: zeros)
+
+    Outputs: the next hidden state, shaped as ``hidden``
+
+    Example::
+
+        >>> cell = fused_rnn.RNNCell(10, 20)
+        >>> h = cell(torch.randn(3, 10))
+    """
+
+    __constants__ = (*RNNCellBase.__constants__, "nonlinearity")
+    _name = "RNNCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, bias, 1, device=device, dtype=dtype, backend=backend
+        )
+        self.nonlinearity = nonlinearity
+
+    @property
+    def _cell(self) -> Cell:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return CELLS[f"rnn_{self.nonlinearity}"]
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        return self._forward_one(input, hx)
+
+
+class LSTMCell(_CellModule):
+    r"""One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`: see :class:`LSTM`.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, backend: as for :class:`RNN`.
+
+    Inputs: input ``[N,I]`` or ``[I]``, (h, c) each ``[N,H]`` or ``[H]`` (default: zeros)
+
+    Outputs: the next (h, c)
+
+    Example::
+
+        >>> cell = fused_rnn.LSTMCell(10, 20)
+        >>> h, c = cell(torch.randn(3, 10))
+    """
+
+    _name = "LSTMCell"
+    _cell = CELLS["lstm"]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, bias, 4, device=device, dtype=dtype, backend=backend
+        )
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+        leaf = fx_leaf(self, input, hx)
+        if leaf is not None:
+            return leaf
+        self._check_dim("input", input)
+        if hx is not None:
+            for k, state in enumerate(hx):
+                self._check_dim(f"hx[{k}]", state)
+            self._check_pair(hx)
+        if input.dim() == 2:
+            return self._step(input, hx)
+        states = None if hx is None else tuple(s.unsqueeze(0) for s in hx)
+        return tuple(s.squeeze(0) for s in self._step(input.unsqueeze(0), states))
+
+    @staticmethod
+    def _check_pair(hx: Any) -> None:
+        if isinstance(hx, Tensor):
+            raise TypeError(
+                "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+            )
+        if len(hx) != 2:
+            raise RuntimeError("lstm_cell expects two hidden states")
+
+
+class GRUCell(_CellModule):
+    r"""One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`: see :class:`GRU`.
+
+    Args:
+        input_size, hidden_size, bias, device, dtype, backend: as for :class:`RNN`.
+
+    Inputs: input ``[N,I]`` or ``[I]``, hidden ``[N,H]`` or ``[H]`` (default: zeros)
+
+    Outputs: the next hidden state, shaped as ``hidden``
+
+    Example::
+
+        >>> cell = fused_rnn.GRUCell(10, 20)
+        >>> h = cell(torch.randn(3, 10))
+    """
+
+    _name = "GRUCell"
+    _cell = CELLS["gru"]
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            input_size, hidden_size, bias, 3, device=device, dtype=dtype, backend=backend
+        )
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        return self._forward_one(input, hx)

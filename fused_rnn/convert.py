@@ -1,0 +1,111 @@
+"""From torch.nn's recurrent modules to ours and back, in a model that is already built."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from . import cell_modules, modules
+from .backends import check_name
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.RNN: modules.RNN,
+    nn.LSTM: modules.LSTM,
+    nn.GRU: modules.GRU,
+    nn.RNNCell: cell_modules.RNNCell,
+    nn.LSTMCell: cell_modules.LSTMCell,
+    nn.GRUCell: cell_modules.GRUCell,
+}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+
+
+def convert(model: nn.Module, backend: str = "auto") -> nn.Module:
+    """Replace every torch.nn RNN, LSTM, GRU and cell in ``model`` by ours.
+
+    The new modules hold the same Parameter objects, so optimizers go on working, and the same
+    hooks, buffers, parametrizations and mode. A module that stands in several places is replaced by
+    one module in all of them. Subclasses of torch.nn's modules are left as they are, since what
+    they override is unknown here; a warning names them.
+
+    Args:
+        model: changed in place, unless it is itself such a module.
+        backend: of the new modules. Default: ``"auto"``
+
+    Returns:
+        ``model``, or the new module if ``model`` is itself such a module.
+
+    Example::
+
+        >>> model = fused_rnn.convert(model)
+    """
+    check_name(backend)
+    left = [
+        f"{name or 'the model itself'} ({type(m).__module__}.{type(m).__qualname__})"
+        for name, m in model.named_modules()
+        if isinstance(m, tuple(_OURS)) and _plain_type(m) not in _OURS
+    ]
+    if left:
+        warnings.warn(
+            f"convert left these subclasses of torch.nn's modules as they are: {', '.join(left)}; "
+            "to convert one, derive it from fused_rnn's module of the same name",
+            stacklevel=2,
+        )
+    return _replace(model, _OURS, {"backend": backend})
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Undo :func:`convert`: replace each of our modules in ``model`` by torch.nn's.
+
+    Args:
+        model: changed in place, unless it is itself one of our modules.
+
+    Returns:
+        ``model``, or the new module if ``model`` is itself one of ours.
+
+    Raises:
+        ValueError: a module has an option that torch.nn lacks. Nothing has been changed then.
+    """
+    for name, m in model.named_modules():
+        if _plain_type(m) in _TORCHS and m.backend not in ("auto", "torch"):
+            raise ValueError(
+                f"cannot revert {name or 'the model itself'}: its backend={m.backend!r} has no "
+                "counterpart in torch.nn; set its backend to 'auto' first"
+            )
+    return _replace(model, _TORCHS, {})
+
+
+def _plain_type(module: nn.Module) -> type[nn.Module]:
+    """The type without the class that a parametrization put in its place."""
+    return type(module).__bases__[0] if is_parametrized(module) else type(module)
+
+
+def _replace(
+    model: nn.Module, types: dict[type[nn.Module], type[nn.Module]], extra: dict[str, str]
+) -> nn.Module:
+    new = {m: _as(m, types, extra) for m in model.modules() if _plain_type(m) in types}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
+    return new.get(model, model)
+
+
+def _as(
+    old: nn.Module, types: dict[type[nn.Module], type[nn.Module]], extra: dict[str, str]
+) -> nn.Module:
+    """``old`` as a module of the other kind: another class over the same contents."""
+    cls = types[_plain_type(old)]
+    if is_parametrized(old):
+        # The properties that compute the weights live in a class made for this one module.
+        body = {k: v for k, v in vars(type(old)).items() if k not in ("__dict__", "__weakref__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), body)
+    new = cls.__new__(cls)
+    new.__dict__.update(old.__dict__)
+    new.__dict__.pop("backend", None)
+    for name, value in old.__dict__.items():
+        if name in ("_parameters", "_buffers", "_modules") or isinstance(value, list):
+            new.__dict__[name] = value.copy()
+    new.__dict__.update(extra)
+    return new

@@ -1,0 +1,273 @@
+"""Layers, directions, dropout and packed input, over one call a layer and direction.
+
+Everything here is time-major; ``modules.py`` brings input into that form and back. What torch.nn
+refuses (tensors of different dtypes or on different devices, no steps at all) is handed to
+torch.nn, which then refuses it in its own words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .backends import Problem, requested, select, torch_nn
+from .cells import Cell, States, carry_dtype
+
+
+class Weights(NamedTuple):
+    """One layer in one direction, in torch.nn's names, order and shapes."""
+
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None = None
+    b_hh: Tensor | None = None
+    w_hr: Tensor | None = None
+
+
+def rnn(
+    cell: Cell,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None = None,
+    bidirectional: bool = False,
+    *,
+    dropout: float = 0.0,
+    training: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, States]:
+    r"""A stack of recurrent layers.
+
+    Args:
+        cell: one of :data:`fused_rnn.cells.CELLS`.
+        input: ``[T,N,I]``, or ``[M,I]`` with ``batch_sizes``.
+        states: ``(h_0,)`` or ``(h_0, c_0)``, each ``[L*D,N,*]``. ``None``: zeros.
+        weights: one entry a layer and direction, the directions of a layer together.
+        batch_sizes: ``[T]`` on the CPU, as in a ``PackedSequence``. Default: ``None``
+        bidirectional: D is 2. Default: ``False``
+        dropout: probability that an element between two layers is zeroed. Default: 0
+        training: whether dropout acts. Default: ``False``
+        backend: name of a backend, or ``"auto"``. Default: ``"auto"``
+
+    Returns:
+        the output ``[T,N,D*R]`` (``[M,D*R]`` with ``batch_sizes``) and the final states, shaped as
+        ``states``.
+
+    Raises:
+        RuntimeError: T is 0; tensors on different devices or of different dtypes; or the backend
+            asked for cannot run this.
+    """
+    problem = describe(cell, input, states, weights, batch_sizes, bidirectional)
+    tensors = [w for layer in weights for w in layer if w is not None]
+    if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
+        chosen = torch_nn
+    else:
+        chosen = select(problem, requested(backend))
+    if hasattr(chosen, "stack"):
+        return chosen.stack(
+            cell,
+            input,
+            states,
+            tensors,
+            batch_sizes=batch_sizes,
+            batch=problem.N,
+            bias=weights[0].b_ih is not None,
+            num_layers=problem.layers,
+            bidirectional=bidirectional,
+            dropout=dropout,
+            training=training,
+        )
+
+    rows = None if batch_sizes is None else packed_rows(batch_sizes, problem.N, input.device)
+    dtypes = result_dtypes(problem, input, states)
+    finals: list[States] = []
+    for first in range(0, len(weights), problem.directions):
+        if first and dropout and training:
+            input = torch.dropout(input, dropout, True)
+        outputs = []
+        for direction in range(problem.directions):
+            k = first + direction
+            h, final = _layer(
+                chosen,
+                cell,
+                input,
+                None if states is None else tuple(s[k] for s in states),
+                weights[k],
+                reverse=direction == 1,
+                rows=rows,
+            )
+            outputs.append(h)
+            finals.append(final)
+        input = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+    stacked = (
+        torch.stack(s) if len(s) > 1 else s[0].unsqueeze(0) for s in zip(*finals, strict=True)
+    )
+    return input.to(dtypes[0]), tuple(s.to(d) for s, d in zip(stacked, dtypes, strict=False))
+
+
+def step(
+    cell: Cell, input: Tensor, states: States | None, w: Weights, backend: str = "auto"
+) -> States:
+    r"""One step of one layer.
+
+    Args:
+        cell: one of :data:`fused_rnn.cells.CELLS`.
+        input: ``[N,I]``.
+        states: ``(h,)`` or ``(h, c)``, each ``[N,H]``. ``None``: zeros.
+        w: the weights; no projection.
+        backend: name of a backend, or ``"auto"``. Default: ``"auto"``
+
+    Returns:
+        the next states.
+
+    Raises:
+        RuntimeError: as :func:`rnn`.
+    """
+    problem = describe_step(cell, input, states, w)
+    if agree(input, w[:2] if states is None else (*states, w[0])):
+        chosen = select(problem, requested(backend))
+    else:
+        chosen = torch_nn
+    if chosen is torch_nn or (hasattr(chosen, "cell_step") and not problem.grad):
+        h, c = (None, None) if states is None else (states[0], states[-1])
+        return chosen.cell_step(cell, input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh)
+    dtypes = result_dtypes(problem, input, states)
+    _, final = _layer(chosen, cell, input.unsqueeze(0), states, w)
+    return tuple(s.to(d) for s, d in zip(final, dtypes, strict=False))
+
+
+def _layer(
+    chosen,  # a backend: a module
+    cell: Cell,
+    input: Tensor,
+    states: States | None,
+    w: Weights,
+    *,
+    reverse: bool = False,
+    rows: Tensor | None = None,
+) -> tuple[Tensor, States]:
+    """One layer in one direction: the input's product for all steps in one GEMM, then the loop."""
+    bias, b_hh = w.b_ih, w.b_hh
+    if cell.folds_bias and bias is not None:
+        bias, b_hh = bias + b_hh, None
+    gx = linear(input, w.w_ih, bias)
+    # Under autocast the GEMM decides the dtype, and what the loop reads follows it.
+    w_hh, b_hh, w_hr = (None if x is None else x.to(gx.dtype) for x in (w.w_hh, b_hh, w.w_hr))
+    h0 = c0 = None
+    if states is not None:
+        kept = (gx.dtype, carry_dtype(gx.dtype))
+        h0, *c0s = (s if s.dtype in kept else s.to(kept[1]) for s in states)
+        c0 = c0s[0] if c0s else None
+    h, _, h_n, c_n = chosen.layer(
+        cell, gx, w_hh, b_hh, h0, c0, reverse=reverse, rows=rows, w_hr=w_hr
+    )
+    return h, (h_n,) if c_n is None else (h_n, c_n)
+
+
+def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
+    """Where each step's row stands in packed data, ``[T,N]`` int32; -1 past a sequence's end."""
+    n = torch.arange(batch)
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    rows = torch.where(n < batch_sizes.unsqueeze(1), starts.unsqueeze(1) + n, -1)
+    return rows.to(device=device, dtype=torch.int32)
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a GEMM on ``input``, or None where it leaves it alone."""
+    if not torch._C._is_any_autocast_enabled() or input.dtype is torch.float64:
+        return None
+    device = input.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def agree(input: Tensor, others: Iterable[Tensor]) -> bool:
+    """Whether all are on one device and of one dtype, or autocast would make it one."""
+    dtype, device = input.dtype, input.device
+    others = [x for x in others if x.dtype is not dtype or x.device != device]
+    if not others:
+        return True
+    castable = all(x.is_floating_point() and x.dtype is not torch.float64 for x in (input, *others))
+    same_device = all(x.device == device for x in others)
+    return same_device and castable and autocast_dtype(input) is not None
+
+
+def result_dtypes(
+    problem: Problem, input: Tensor, states: States | None
+) -> tuple[torch.dtype, ...]:
+    """The dtypes in which torch.nn returns h (and the output) and c.
+
+    Without autocast, the input's. Under autocast a GEMM's result has the autocast dtype, and an
+    elementwise result is promoted with the state that enters: h of an RNN or behind a projection
+    is the former, other states are the latter. But torch's LSTM module goes to oneDNN where that
+    can run it, which returns the autocast dtype throughout.
+    """
+    low = autocast_dtype(input)
+    if low is None:
+        return input.dtype, input.dtype
+    state = torch.promote_types(low, input.dtype if states is None else states[-1].dtype)
+    dense = problem.T > 0 and not problem.packed and problem.P == 0
+    if problem.cell == "lstm" and dense and input.dtype is not torch.float16:
+        state = low
+    from_gemm = problem.cell in ("rnn_tanh", "rnn_relu") or problem.P > 0
+    return low if from_gemm else state, state
+
+
+def describe(
+    cell: Cell,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
+    bidirectional: bool,
+) -> Problem:
+    """What :func:`rnn` asks of a backend."""
+    if batch_sizes is None:
+        steps, batch = input.shape[:2]
+    else:
+        steps, batch = batch_sizes.size(0), int(batch_sizes[0])
+    w = weights[0]
+    directions = 2 if bidirectional else 1
+    return Problem(
+        cell=cell.name,
+        dtype=autocast_dtype(input) or input.dtype,
+        device=input.device.type,
+        T=steps,
+        N=batch,
+        I=w.w_ih.size(1),
+        H=w.w_hh.size(0) // cell.gates,
+        P=0 if w.w_hr is None else w.w_hr.size(0),
+        layers=len(weights) // directions,
+        directions=directions,
+        grad=_needs_grad(input, states, weights),
+        packed=batch_sizes is not None,
+        compiling=torch.compiler.is_compiling(),
+    )
+
+
+def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> Problem:
+    """What :func:`step` asks of a backend. Positional, because a step takes microseconds."""
+    return Problem(
+        cell.name,
+        autocast_dtype(input) or input.dtype,
+        input.device.type,
+        0,
+        *input.shape,
+        w.w_hh.size(1),
+        0,
+        1,
+        1,
+        _needs_grad(input, states, (w,)),
+        False,
+        torch.compiler.is_compiling(),
+    )
+
+
+def _needs_grad(input: Tensor, states: States | None, weights: Sequence[Weights]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (input, *(states or ()), *(w for layer in weights for w in layer))
+    return any(x is not None and x.requires_grad for x in tensors)

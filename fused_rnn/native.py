@@ -1,0 +1,88 @@
+"""The native library: loading it, and what its ops return when there are only shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS, carry_dtype
+
+_LIBRARY = Path(__file__).with_name("libfused_rnn_cpu.so")
+
+
+def _load() -> str | None:
+    if not _LIBRARY.exists():
+        return (
+            f"{_LIBRARY.name} is not in this installation; install fused_rnn with a C++ compiler "
+            "at hand and without FUSED_RNN_PURE_PYTHON"
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"{_LIBRARY.name} does not load with torch {torch.__version__}: {error}"
+    return None
+
+
+# Why the native ops cannot be used, or None.
+UNAVAILABLE = _load()
+
+_BY_ID = {cell.id: cell for cell in CELLS.values()}
+
+
+def _fake_layer(
+    cell, gx, w_hh, b_hh, h0, c0, reverse, save, control, rows, w_hr, h_mask, keep
+) -> tuple[Tensor, ...]:
+    spec = _BY_ID[cell]
+    hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
+    lead, batch = gx.shape[:-1], (gx if rows is None else rows).shape[1]
+    carry = carry_dtype(gx.dtype)
+    has_c = spec.states == 2
+    return (
+        gx.new_empty((*lead, width)),
+        gx.new_empty((*lead, hidden) if has_c and save else (0,)),
+        gx.new_empty((batch, width), dtype=carry),
+        gx.new_empty((batch, hidden) if has_c else (0,), dtype=carry),
+        gx.new_empty((*lead, spec.saved * hidden) if save and spec.saved else (0,)),
+    )
+
+
+def _fake_layer_backward(
+    cell,
+    dh,
+    dc,
+    dh_n,
+    dc_n,
+    h,
+    c,
+    saved,
+    w_hh,
+    h0,
+    c0,
+    reverse,
+    control,
+    rows,
+    w_hr,
+    h_mask,
+    keep,
+) -> tuple[Tensor, ...]:
+    spec = _BY_ID[cell]
+    hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
+    lead, batch = h.shape[:-1], (h if rows is None else rows).shape[1]
+    carry = carry_dtype(h.dtype)
+    gates = (*lead, spec.gates * hidden)
+    has_holes = control is not None or rows is not None
+    return (
+        h.new_empty(gates),
+        h.new_empty((0,) if spec.folds_bias else gates),
+        h.new_empty((batch, width), dtype=carry),
+        h.new_empty((batch, hidden) if spec.states == 2 else (0,), dtype=carry),
+        h.new_empty((*lead, width) if has_holes else (0,)),
+        h.new_empty((0,) if w_hr is None else (*lead, width)),
+    )
+
+
+if UNAVAILABLE is None:
+    torch.library.register_fake("fused_rnn::layer", _fake_layer)
+    torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)

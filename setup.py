@@ -1,0 +1,219 @@
+"""Builds `fused_rnn/libfused_rnn_cpu.so` (the ops, no Python in it) and `fused_rnn/_C` with ninja.
+
+The CPU kernels are one source, compiled once per instruction set and dtype; the library holds all
+of them and chooses when it runs. setuptools has no notion of that, so this file writes the ninja
+build itself and leaves to setuptools what it is good at: packaging, in-place and editable installs.
+
+Environment:
+    CXX                      the C++ compiler (default: g++, on macOS clang++)
+    MAX_JOBS                 compile jobs at a time (default: ninja's own choice)
+    DEBUG=1                  -O0 -g
+    FUSED_RNN_SANITIZE       e.g. address,undefined: build with these sanitizers
+    FUSED_RNN_PURE_PYTHON=1  build nothing: the reference and torch backends only
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MACOS = sys.platform == "darwin"
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+DEBUG = os.environ.get("DEBUG", "0") not in ("", "0")
+SANITIZE = os.environ.get("FUSED_RNN_SANITIZE", "")
+CXX = os.environ.get("CXX") or ("clang++" if MACOS else "g++")
+
+LIBRARY, MODULE = "fused_rnn.libfused_rnn_cpu", "fused_rnn._C"
+
+SCALARS = ("float", "double", "bfloat16", "half")
+INSTRUCTION_SETS = {"baseline": ""}
+if X86 and not MACOS:
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c"
+    INSTRUCTION_SETS["avx512"] = (
+        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
+    )
+
+
+def refuse(sentence: str) -> NoReturn:
+    raise SystemExit(f"fused_rnn: {sentence}")
+
+
+def package_folder(name: str) -> Path:
+    """The folder of an installed package, without the seconds that importing torch takes."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        refuse(
+            f"building needs the Python package {name}: run `pip install torch ninja pybind11`, or "
+            "install without --no-build-isolation."
+        )
+    return Path(spec.origin).parent
+
+
+def check_tools() -> None:
+    if shutil.which(shlex.split(CXX)[0]) is None:
+        refuse(
+            f"there is no C++ compiler ({CXX} was not found): install one (Debian and Ubuntu: "
+            "apt install g++), name another with CXX=, or set FUSED_RNN_PURE_PYTHON=1 to install "
+            "the reference and torch backends only."
+        )
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        refuse(
+            "the headers of Python are missing (Python.h was not found in "
+            f"{sysconfig.get_path('include')}): install them (Debian and Ubuntu: "
+            "apt install python3-dev)."
+        )
+    for name in ("torch", "ninja", "pybind11"):
+        package_folder(name)
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 10):
+        refuse(f"the torch it is built against must be 2.10 or newer, and this one is {version}.")
+
+
+def compile_flags() -> list[str]:
+    flags = [
+        "-std=c++17",
+        *(["-O0", "-g"] if DEBUG else ["-O3"]),
+        # One setting for every instruction set and compiler: a*b+c is one rounding where the
+        # machine has it. Never -ffast-math: NaN and infinity pass through as torch passes them.
+        "-ffp-contract=fast",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        # Nothing newer than torch 2.10's part of the stable ABI is visible to the sources.
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        *(f"-DFUSED_RNN_HAS_{name.upper()}" for name in INSTRUCTION_SETS if name != "baseline"),
+    ]
+    if SANITIZE:
+        flags += ["-g", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+        flags += ["-fno-omit-frame-pointer"]
+    return flags
+
+
+def write_ninja(path: Path) -> None:
+    from ninja.ninja_syntax import Writer
+
+    torch = package_folder("torch")
+    flags = compile_flags()
+    shared = "-dynamiclib" if MACOS else "-shared"
+    # torch is loaded before the library and known by its name: no run path is needed.
+    library_flags = [shared, "-L" + shlex.quote(str(torch / "lib")), "-ltorch_cpu"]
+    module_flags = ["-bundle -undefined dynamic_lookup" if MACOS else "-shared"]
+    if SANITIZE:
+        library_flags.append(f"-fsanitize={SANITIZE}")
+        module_flags.append(f"-fsanitize={SANITIZE}")
+    elif not MACOS:
+        library_flags.append("-Wl,--no-undefined")
+
+    with path.open("w") as file:
+        n = Writer(file)
+        n.rule(
+            "compile",
+            command=f"{CXX} {' '.join(flags)} $includes $extra -MD -MF $out.d -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="compile $out",
+        )
+        n.rule(
+            "check",
+            command=f"{shlex.quote(sys.executable)} $script $out $objects",
+            description="check that no instruction set's code can be called by another",
+        )
+        n.rule("link", command=f"{CXX} -o $out $in $flags", description="link $out")
+
+        torch_headers = "-isystem " + shlex.quote(str(torch / "include"))
+        python_headers = " ".join(
+            "-isystem " + shlex.quote(str(folder))
+            for folder in (package_folder("pybind11") / "include", sysconfig.get_path("include"))
+        )
+
+        def compile_source(
+            source: str, output: str, includes: str = torch_headers, extra: str = ""
+        ) -> str:
+            variables = {"includes": includes, "extra": extra}
+            return n.build(output, "compile", str(ROOT / "csrc" / source), variables=variables)[0]
+
+        kernels = [
+            compile_source(
+                "cpu/kernels.cpp",
+                f"kernels.{name}.{scalar}.o",
+                extra=f"-DFUSED_RNN_ISA={name} -DFUSED_RNN_SCALAR={scalar} {isa_flags}",
+            )
+            for name, isa_flags in INSTRUCTION_SETS.items()
+            for scalar in SCALARS
+        ]
+        others = [compile_source(f"{name}.cpp", f"{Path(name).name}.o") for name in ("ops", "cpu/register")]
+        check = []
+        if len(INSTRUCTION_SETS) > 1:
+            script = str(ROOT / "csrc" / "check_symbols.py")
+            variables = {"script": script, "objects": " ".join(kernels)}
+            check = n.build("symbols", "check", implicit=[script, *kernels], variables=variables)
+        n.build(
+            "libfused_rnn_cpu.so",
+            "link",
+            [*others, *kernels],
+            order_only=check,
+            variables={"flags": " ".join(library_flags)},
+        )
+        built_with = shlex.quote(f'-DFUSED_RNN_FLAGS="{" ".join(flags)}"')
+        module = compile_source(
+            "python.cpp", "python.o", f"{torch_headers} {python_headers}", built_with
+        )
+        n.build("_C.so", "link", module, variables={"flags": " ".join(module_flags)})
+
+
+class NinjaBuild(build_ext):
+    """`build_ext` whose extensions come from one ninja build in a folder of its own.
+
+    The folder depends on what is built, not on who asks, so that `pip install -e .`, `setup.py
+    build_ext --inplace` and `make` share their objects.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname in (LIBRARY, LIBRARY.rpartition(".")[2]):
+            return os.path.join(*fullname.split(".")) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        check_tools()
+        kind = "sanitize" if SANITIZE else "debug" if DEBUG else "release"
+        folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_ninja(folder / "build.ninja")
+        print(
+            f"fused_rnn: building the CPU library ({', '.join(INSTRUCTION_SETS)}); this version "
+            "has no CUDA library yet.",
+            flush=True,
+        )
+        command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+        if os.environ.get("MAX_JOBS"):
+            command += ["-j", os.environ["MAX_JOBS"]]
+        if subprocess.run(command).returncode:
+            refuse("the C++ build failed; the compiler's own message stands above.")
+        for extension in self.extensions:
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(folder / (extension.name.rpartition(".")[2] + ".so")), str(target))
+
+
+if sys.platform == "win32":
+    refuse("Windows is not supported; Linux and macOS are (WSL is Linux).")
+
+PURE_PYTHON = os.environ.get("FUSED_RNN_PURE_PYTHON", "0") not in ("", "0")
+setup(
+    ext_modules=[]
+    if PURE_PYTHON
+    else [Extension(LIBRARY, ["csrc/ops.cpp"]), Extension(MODULE, ["csrc/python.cpp"])],
+    cmdclass={"build_ext": NinjaBuild},
+)
