@@ -153,7 +153,10 @@ def write_ninja(path: Path) -> None:
             for name, isa_flags in INSTRUCTION_SETS.items()
             for scalar in SCALARS
         ]
-        others = [compile_source(f"{name}.cpp", f"{Path(name).name}.o") for name in ("ops", "cpu/register")]
+        others = [
+            compile_source(f"{name}.cpp", f"{Path(name).name}.o")
+            for name in ("ops", "cpu/register")
+        ]
         check = []
         if len(INSTRUCTION_SETS) > 1:
             script = str(ROOT / "csrc" / "check_symbols.py")

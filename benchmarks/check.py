@@ -2,8 +2,13 @@
 
 The rule: the oracle is torch.nn in float64, on the same values. A result passes if its largest
 error is at most twice torch.nn's own at the same dtype and shape, plus a few units in the last
-place of the largest value, which is what is left to say where torch.nn happens to be exact or is
-the oracle itself.
+place of the largest value, which is what is left to say where torch.nn happens to be exact. In
+float64 torch.nn is the oracle itself and has no error to compare with: there two orders of
+summation may differ by more of them.
+
+A ReLU's gradient jumps where rounding flips the sign of its argument, and the half types flip some
+in any random problem, ours and torch.nn's others. So in those the ReLU runs on integers with one
+±1 in each row of a weight: forward is exact, and the kink is met only at 0 itself.
 """
 
 from collections.abc import Iterator
@@ -18,7 +23,9 @@ from workloads import GATES, Case, Workload, make_cases
 
 FACTOR = 2
 ULPS = 8
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FLOAT64_ULPS = 64
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *HALF)
 
 PLAIN = Workload("plain", "lstm", I=7, H=19, T=13, N=5, mode="train")
 FORMS = (
@@ -26,7 +33,7 @@ FORMS = (
     replace(PLAIN, name="one sequence", N=1, H=32),
     replace(PLAIN, name="whole tiles", I=64, H=64, T=20, N=16),
     replace(PLAIN, name="two layers, two directions", L=2, D=2),
-    replace(PLAIN, name="dropout", L=2, dropout=0.3),
+    replace(PLAIN, name="dropout", L=2, dropout=0.5),
     replace(PLAIN, name="batch_first", batch_first=True),
     replace(PLAIN, name="no bias", bias=False),
     replace(PLAIN, name="packed, two directions", D=2, lengths="uniform"),
@@ -74,7 +81,8 @@ def compare(where: str, ours: Tensor, theirs: Tensor, oracle: Tensor) -> Compari
     error = (ours.double() - oracle).abs().max().item()
     torch_error = (theirs.double() - oracle).abs().max().item()
     ulp = torch.finfo(ours.dtype).eps * oracle.abs().max().item()
-    return Comparison(where, error, FACTOR * torch_error + ULPS * ulp, torch_error)
+    ulps = FLOAT64_ULPS if ours.dtype == torch.float64 else ULPS
+    return Comparison(where, error, FACTOR * torch_error + ulps * ulp, torch_error)
 
 
 def compare_cases(where: str, cases: dict[str, Case], kind: str) -> list[Comparison]:
@@ -97,7 +105,14 @@ def check_all(
             if w.P and cell != "lstm":
                 continue
             for with_states in (False, True):
-                cases = make_cases(w, providers, dtype, options=options, with_states=with_states)
+                cases = make_cases(
+                    w,
+                    providers,
+                    dtype,
+                    options=options,
+                    with_states=with_states,
+                    integers=cell == "rnn_relu" and dtype in HALF,
+                )
                 where = f"{cell}, {dtype}, {w.name}, {w.shape}, states {with_states}"
                 comparisons += compare_cases(where, cases, "train")
         yield cell, str(dtype).removeprefix("torch."), comparisons

@@ -150,7 +150,7 @@ def build_info(fused_rnn: Any) -> str:
     try:
         native = importlib.import_module(f"{fused_rnn.__name__}._C")
     except ImportError:  # FUSED_RNN_PURE_PYTHON
-        return "no native library"
+        return "native module not built"
     return f"{native.build_info()['compiler']}, {native.instruction_set()}"
 
 

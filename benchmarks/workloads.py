@@ -203,16 +203,18 @@ def make_case(
     *,
     values: torch.dtype | None = None,
     with_states: bool | None = None,
+    integers: bool = False,
 ) -> Case:
     """``module`` in ``dtype`` with the inputs of ``w``: the same for every provider, rounded to
-    ``values`` (default ``dtype``). Training differentiates the input, the states and all
-    parameters, as for a layer in the middle of a model. By default a step is given states and a
-    sequence starts from none."""
+    ``values`` (default ``dtype``), or with ``integers`` to those. Training differentiates the
+    input, the states and all parameters, as for a layer in the middle of a model. By default a
+    step is given states and a sequence starts from none."""
     generator = torch.Generator().manual_seed(0)
     step = w.mode == "step"
 
     def draw(size: Sequence[int]) -> Tensor:
-        return torch.randn(size, generator=generator).to(values or dtype).to(dtype)
+        sample = torch.randn(size, generator=generator)
+        return (sample.round() if integers else sample).to(values or dtype).to(dtype)
 
     size = (w.N,) if step else (w.N, w.T) if w.batch_first else (w.T, w.N)
     data = draw((*size, w.I))
@@ -248,18 +250,31 @@ def make_cases(
     *,
     options: dict[str, dict[str, Any]] | None = None,
     with_states: bool | None = None,
+    integers: bool = False,
 ) -> dict[str, Case]:
     """One case for each provider and ``"oracle"``, torch.nn in float64, all with the same weights
-    and inputs. ``options`` are further arguments of a provider's modules."""
+    and inputs. ``options`` are further arguments of a provider's modules. ``integers`` makes
+    every input one, and every row of every parameter zero but for one ±1."""
     torch.manual_seed(0)
-    weights = make_module(nn, w).to(dtype).state_dict()
+    weights = make_module(nn, w).state_dict()
+    if integers:
+        weights = {name: largest_sign(value) for name, value in weights.items()}
+    weights = {name: value.to(dtype) for name, value in weights.items()}
     cases = {}
     for name, namespace in (providers | {"oracle": nn}).items():
         module = make_module(namespace, w, **(options or {}).get(name, {}))
         module.load_state_dict(weights)
         own = torch.float64 if name == "oracle" else dtype
-        cases[name] = make_case(w, module, own, values=dtype, with_states=with_states)
+        cases[name] = make_case(
+            w, module, own, values=dtype, with_states=with_states, integers=integers
+        )
     return cases
+
+
+def largest_sign(value: Tensor) -> Tensor:
+    """The sign of the largest entry of each row where it stands, zero elsewhere."""
+    size = value.abs()
+    return value.sign() * (size == size.amax(-1, keepdim=True))
 
 
 def select(

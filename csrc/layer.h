@@ -67,4 +67,23 @@ struct BackwardArgs : Layer {
   void* dh_total;     // io [M, R] or null
 };
 
+// One step with both products given. Every tensor is io; backward reads what forward wrote.
+struct StepArgs {
+  int cell;
+  int64_t N, H;
+  const void* gx;   // [N, G*H]
+  const void* gh;   // [N, G*H]
+  const void* h;    // [N, H]
+  const void* c;    // [N, H] or null
+  void* h1;         // [N, H]
+  void* c1;         // [N, H] or null
+  void* saved;      // [N, kSaved*H], or null: no backward follows
+  const void* dh1;  // [N, H] or null
+  const void* dc1;  // [N, H] or null
+  void* dgx;        // [N, G*H]
+  void* dgh;        // [N, G*H], or null where it equals dgx
+  void* dh;         // [N, H] or null: what does not pass through gh
+  void* dc;         // [N, H] or null
+};
+
 }  // namespace fused_rnn

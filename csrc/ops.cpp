@@ -21,6 +21,14 @@ constexpr const char* kLayerBackwardSchema =
     "Tensor? rows, Tensor? w_hr, Tensor? h_mask, Tensor? keep) "
     "-> (Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor h_in, Tensor dh_total)";
 
+constexpr const char* kStepSchema =
+    "step(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
+    "-> (Tensor h1, Tensor c1, Tensor saved)";
+
+constexpr const char* kStepBackwardSchema =
+    "step_backward(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
+    "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)";
+
 using Shape = std::vector<int64_t>;
 
 std::string to_string(const int64_t* sizes, size_t dim) {
@@ -91,6 +99,19 @@ void check_rows(const Tensor& rows, int64_t count) {
                   " rows of gx; each must belong to one step");
 }
 
+const CellShape& shape_of(int64_t cell) {
+  STD_TORCH_CHECK(cell >= 0 && cell < kCellCount, "fused_rnn: no cell has number ", cell);
+  return kCellShapes[cell];
+}
+
+ScalarType io_type(const Tensor& gx) {
+  const ScalarType io = gx.scalar_type();
+  STD_TORCH_CHECK(io == ScalarType::Float || io == ScalarType::Double ||
+                      io == ScalarType::BFloat16 || io == ScalarType::Half,
+                  "fused_rnn: gx must be float32, float64, bfloat16 or float16");
+  return io;
+}
+
 // The sizes and options that forward and backward read the same way. `sequence` is any tensor laid
 // out as gx; it gives T and N, or with `rows` the number of compact rows.
 struct Problem {
@@ -103,15 +124,11 @@ struct Problem {
 
   Problem(int64_t cell_id, const Tensor& sequence, const Tensor& w_hh, bool reverse,
           const Options& options) {
-    STD_TORCH_CHECK(cell_id >= 0 && cell_id < kCellCount, "fused_rnn: no cell has number ", cell_id);
     STD_TORCH_CHECK(!options.h_mask && !options.keep,
                     "fused_rnn: h_mask and keep are not implemented for this device");
-    cell = kCellShapes[cell_id];
-    io = sequence.scalar_type();
+    cell = shape_of(cell_id);
+    io = io_type(sequence);
     carry = carry_type(io);
-    STD_TORCH_CHECK(io == ScalarType::Float || io == ScalarType::Double ||
-                        io == ScalarType::BFloat16 || io == ScalarType::Half,
-                    "fused_rnn: gx must be float32, float64, bfloat16 or float16");
     STD_TORCH_CHECK(sequence.dim() == (options.rows ? 2 : 3), "fused_rnn: gx must have ",
                     options.rows ? 2 : 3, " dimensions, got ", sequence.dim());
     STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % cell.gates == 0,
@@ -190,7 +207,7 @@ ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, co
 
 BackwardResult run_layer_backward(const Device& device, int64_t cell, const OutputGradients& grads,
                                   const Kept& kept, bool reverse, const Options& options) {
-  Problem p(cell, kept.h, kept.w_hh, reverse, options);
+  Problem p(cell, kept.h, *kept.w_hh, reverse, options);
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
   const bool has_c = p.cell.states == 2, has_holes = options.control || options.rows;
   const Operands operands(kept.h);
@@ -225,9 +242,79 @@ BackwardResult run_layer_backward(const Device& device, int64_t cell, const Outp
   return {dgx, dgh, dh0, dc0, h_in, dh_total};
 }
 
+StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const Tensor& gh,
+                    const Tensor& h, const OptionalTensor& c, bool save) {
+  const CellShape& shape = shape_of(cell);
+  const ScalarType io = io_type(gx);
+  STD_TORCH_CHECK(h.dim() == 2 && (shape.states == 1 || c), "fused_rnn: a state is missing");
+  const int64_t N = h.size(0), H = h.size(1);
+  const bool has_c = shape.states == 2;
+  const Operands operands(gx);
+  const Tensor gx_ = operands.get("gx", gx, {N, shape.gates * H}, io);
+  const Tensor gh_ = operands.get("gh", gh, {N, shape.gates * H}, io);
+  const Tensor h_ = operands.get("h", h, {N, H}, io);
+  const OptionalTensor c_ = has_c ? operands.get("c", c, {N, H}, io) : std::nullopt;
+  const Tensor h1 = allocate(gx, {N, H}, io);
+  const Tensor c1 = allocate(gx, has_c ? Shape{N, H} : Shape{0}, io);
+  const Tensor saved = allocate(gx, save && shape.saved ? Shape{N, shape.saved * H} : Shape{0}, io);
+
+  StepArgs args{};
+  args.cell = int(cell);
+  args.N = N;
+  args.H = H;
+  args.gx = gx_.const_data_ptr();
+  args.gh = gh_.const_data_ptr();
+  args.h = h_.const_data_ptr();
+  args.c = pointer(c_);
+  args.h1 = h1.mutable_data_ptr();
+  args.c1 = has_c ? c1.mutable_data_ptr() : nullptr;
+  args.saved = save && shape.saved ? saved.mutable_data_ptr() : nullptr;
+  if (N > 0) device.step(args, io);
+  return {h1, c1, saved};
+}
+
+StepBackwardResult run_step_backward(const Device& device, int64_t cell,
+                                     const OutputGradients& grads, const Kept& kept) {
+  const CellShape& shape = shape_of(cell);
+  const ScalarType io = io_type(kept.h);
+  STD_TORCH_CHECK(kept.h.dim() == 2 && kept.h0, "fused_rnn: a state is missing");
+  const int64_t N = kept.h.size(0), H = kept.h.size(1);
+  const bool has_c = shape.states == 2;
+  const Operands operands(kept.h);
+  const OptionalTensor dh1 = operands.get("dh1", grads.dh, {N, H}, io);
+  const OptionalTensor dc1 = has_c ? operands.get("dc1", grads.dc, {N, H}, io) : std::nullopt;
+  const OptionalTensor c = has_c ? operands.get("c", kept.c0, {N, H}, io) : std::nullopt;
+  const Tensor h = operands.get("h", *kept.h0, {N, H}, io);
+  const Tensor dgx = allocate(kept.h, {N, shape.gates * H}, io);
+  const Tensor dgh =
+      allocate(kept.h, shape.splits_gates ? Shape{N, shape.gates * H} : Shape{0}, io);
+  const Tensor dh = allocate(kept.h, shape.splits_gates ? Shape{N, H} : Shape{0}, io);
+  const Tensor dc = allocate(kept.h, has_c ? Shape{N, H} : Shape{0}, io);
+
+  StepArgs args{};
+  args.cell = int(cell);
+  args.N = N;
+  args.H = H;
+  args.h = h.const_data_ptr();
+  args.c = pointer(c);
+  args.h1 = kept.h.mutable_data_ptr();
+  args.c1 = has_c ? kept.c.mutable_data_ptr() : nullptr;
+  args.saved = shape.saved ? kept.saved.mutable_data_ptr() : nullptr;
+  args.dh1 = pointer(dh1);
+  args.dc1 = pointer(dc1);
+  args.dgx = dgx.mutable_data_ptr();
+  args.dgh = shape.splits_gates ? dgh.mutable_data_ptr() : nullptr;
+  args.dh = shape.splits_gates ? dh.mutable_data_ptr() : nullptr;
+  args.dc = has_c ? dc.mutable_data_ptr() : nullptr;
+  if (N > 0) device.step_backward(args, io);
+  return {dgx, dgh, dh, dc};
+}
+
 }  // namespace fused_rnn
 
 STABLE_TORCH_LIBRARY(fused_rnn, library) {
   library.def(fused_rnn::kLayerSchema);
   library.def(fused_rnn::kLayerBackwardSchema);
+  library.def(fused_rnn::kStepSchema);
+  library.def(fused_rnn::kStepBackwardSchema);
 }

@@ -18,6 +18,8 @@ using OptionalTensor = std::optional<Tensor>;
 struct Device {
   void (*forward)(const ForwardArgs&, ScalarType io);
   void (*backward)(const BackwardArgs&, ScalarType io);
+  void (*step)(const StepArgs&, ScalarType io);
+  void (*step_backward)(const StepArgs&, ScalarType io);
 };
 
 // What acts inside the loop.
@@ -36,13 +38,22 @@ ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, co
 struct OutputGradients {
   OptionalTensor dh, dc, dh_n, dc_n;
 };
-// What forward left behind.
+// What forward left behind. A step has no w_hh.
 struct Kept {
-  Tensor h, c, saved, w_hh;
-  OptionalTensor h0, c0;
+  Tensor h, c, saved;
+  std::optional<Tensor> w_hh, h0, c0;
 };
 
 BackwardResult run_layer_backward(const Device& device, int64_t cell, const OutputGradients& grads,
                                   const Kept& kept, bool reverse, const Options& options);
+
+using StepResult = std::tuple<Tensor, Tensor, Tensor>;
+using StepBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const Tensor& gh,
+                    const Tensor& h, const OptionalTensor& c, bool save);
+
+StepBackwardResult run_step_backward(const Device& device, int64_t cell,
+                                     const OutputGradients& grads, const Kept& kept);
 
 }  // namespace fused_rnn

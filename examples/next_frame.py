@@ -135,7 +135,7 @@ def plot(path: Path, x: Tensor, y: Tensor, predicted: Tensor, count: int = 8) ->
     for row, (name, frames) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name)
         for axis, frame in zip(row, frames[:, 0], strict=False):
-            axis.imshow(frame.view(2, 2), cmap="gray", vmin=0, vmax=1)
+            axis.imshow(frame.view(2, 2).numpy(), cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=120)
 

@@ -101,8 +101,8 @@ def plot(path: Path, losses: list[float], waves: dict[str, Tensor]) -> None:
     top.set(xlabel="chunk", ylabel="mean squared error", title="training")
     top.legend()
     for (name, wave), style in zip(waves.items(), ["k-", "o", "x", "--"], strict=True):
-        bottom.plot(wave, style, label=name, markersize=4)
-    bottom.set(xlabel="sample after training", title="next sample")
+        bottom.plot(wave.numpy(), style, label=name, markersize=4)
+    bottom.set(xlabel="sample after training", title="next sample", ylim=(-1.8, 1.3))
     bottom.legend(loc="lower left", ncols=4)
     figure.savefig(path, dpi=120)
 

@@ -67,9 +67,13 @@ def _recurrent_weight_grad(dgh: Tensor, h: Tensor, h0: Tensor | None, h_in: Tens
     """``dgh.T @ (h that entered each product)``, which is h shifted by one step behind h0."""
     if h_in.dim() > 1:
         return dgh.flatten(0, -2).T @ h_in.flatten(0, -2)
-    first, later, earlier = (-1, dgh[:-1], h[1:]) if reverse else (0, dgh[1:], h[:-1])
-    dw = later.flatten(0, 1).T @ earlier.flatten(0, 1)
-    return dw if h0 is None else dw.addmm_(dgh[first].T, h0.to(dw.dtype))
+    # Flat before it is cut: a slice of T-1 steps would make an exported program depend on T.
+    steps, states, n = dgh.flatten(0, 1), h.flatten(0, 1), h.size(1)
+    first, later, earlier = (
+        (dgh[-1], steps[:-n], states[n:]) if reverse else (dgh[0], steps[n:], states[:-n])
+    )
+    dw = later.T @ earlier
+    return dw if h0 is None else dw.addmm_(first.T, h0.to(dw.dtype))
 
 
 def _projection_grad(dh_total: Tensor, c: Tensor, saved: Tensor) -> Tensor:
@@ -89,18 +93,70 @@ def _differentiable_backward(cell: Cell, reverse: bool, inputs, grads, needs):
     outputs = reference.layer(
         cell, gx, w_hh, b_hh, h0, c0, reverse=reverse, control=control, rows=rows, w_hr=w_hr
     )
-    used = [(y, dy) for y, dy in zip(outputs, grads, strict=True) if y is not None and dy is not None]
-    wanted = [x for x, need in zip(tensors, needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [y for y, _ in used],
-            wanted,
-            [dy for _, dy in used],
-            create_graph=True,
-            allow_unused=True,
-        )
-    )
+    return _gradients(outputs, grads, tensors, needs)
+
+
+class _Step(torch.autograd.Function):
+    """One step of one layer, its two products given."""
+
+    @staticmethod
+    def forward(cell: Cell, gx, gh, h, c):  # type: ignore[override]
+        return ops.step(cell.id, gx, gh, h, c, True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.cell, *tensors = inputs
+        h1, c1, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c1,)))
+        ctx.save_for_backward(*tensors, h1, c1, saved)
+
+    @staticmethod
+    def backward(ctx: Any, dh1, dc1, _):  # type: ignore[override]
+        cell = ctx.cell
+        gx, gh, h, c, h1, c1, saved = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs, needs = (gx, gh, h, c), ctx.needs_input_grad[1:]
+            return None, *_differentiable_step_backward(cell, inputs, (dh1, dc1), needs)
+        dgx, dgh, dh, dc = ops.step_backward(cell.id, dh1, dc1, h1, c1, saved, h, c)
+        if cell.folds_bias:
+            return None, dgx, dgx, None, dc if cell.states == 2 else None
+        return None, dgx, dgh, dh, None
+
+
+def _differentiable_step_backward(cell: Cell, inputs, grads, needs):
+    gx, gh, h, c = aliases = [x if x is None else x.view_as(x) for x in inputs]
+    return _gradients(cell.step(gx, gh, (h, c)[: cell.states]), grads, aliases, needs)
+
+
+def _gradients(outputs, grads, inputs, needs) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of ``outputs`` at the inputs that need one."""
+    pairs = zip(outputs, grads, strict=False)
+    used = [(y, dy) for y, dy in pairs if y is not None and dy is not None]
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    ys, dys = [y for y, _ in used], [dy for _, dy in used]
+    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
     return tuple(next(found) if need else None for need in needs)
+
+
+def step(
+    cell: Cell, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One step of one layer, pointwise part.
+
+    Args:
+        cell: one of :data:`fused_rnn.cells.CELLS`.
+        gx, gh: the products with ``w_ih`` and ``w_hh``, biases included, ``[N,G*H]``.
+        h, c: the states before, ``[N,H]``; ``c`` for the LSTM.
+
+    Returns:
+        the states after: ``h, c``; ``c`` is ``None`` but for the LSTM.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gx, gh, h, c)):
+        h1, c1, _ = _Step.apply(cell, gx, gh, h, c)
+    else:
+        h1, c1, _ = ops.step(cell.id, gx, gh, h, c, False)
+    return h1, c1 if cell.states == 2 else None
 
 
 def layer(

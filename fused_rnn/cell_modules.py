@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
 from . import functional
@@ -14,7 +15,7 @@ from .functional import Weights
 from .modules import fx_leaf, with_backend
 
 
-class _CellModule(RNNCellBase):
+class CellModule(RNNCellBase):
     """What the cells share: one step around :func:`functional.step`."""
 
     backend: str = "auto"
@@ -35,27 +36,19 @@ class _CellModule(RNNCellBase):
         states = hx if hx is None or isinstance(hx, tuple) else (hx,)
         return functional.describe_step(self._cell, input, states, self._weights())
 
+    @property
+    def _cell(self) -> Cell:
+        raise NotImplementedError
+
     def _weights(self) -> Weights:
         return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
 
-    def _step(self, input: Tensor, states: States | None) -> States:
-        """Batched input; the states' dimensions are right, their sizes are not yet checked."""
-        n, size = input.shape
-        if size != self.input_size:
-            raise RuntimeError(
-                f"input has inconsistent input_size: got {size} expected {self.input_size}"
-            )
-        for k, state in enumerate(states or ()):
-            if state.size(0) != n:
-                raise RuntimeError(
-                    f"Input batch size {n} doesn't match hidden{k} batch size {state.size(0)}"
-                )
-            if state.size(1) != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, "
-                    f"expected {self.hidden_size}"
-                )
-        return functional.step(self._cell, input, states, self._weights(), self.backend)
+    def _forward(self, input: Tensor, states: States | None) -> States:
+        """One step on batched or unbatched input; ``states`` are named in torch.nn's sentences."""
+        if input.dim() == 2:
+            return functional.step(self._cell, input, states, self._weights(), self.backend)
+        states = None if states is None else tuple(s.unsqueeze(0) for s in states)
+        return tuple(s.squeeze(0) for s in self._forward(input.unsqueeze(0), states))
 
     def _check_dim(self, what: str, tensor: Tensor) -> None:
         if tensor.dim() not in (1, 2):
@@ -63,22 +56,22 @@ class _CellModule(RNNCellBase):
                 f"{self._name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead"
             )
 
-    def _forward_one(self, input: Tensor, hx: Tensor | None) -> Any:
-        """``forward`` of the cells with one state."""
-        leaf = fx_leaf(self, input, hx)
-        if leaf is not None:
-            return leaf
+
+class _OneStateCell(CellModule):
+    """What RNNCell and GRUCell share."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        """Run the module; arguments and results are those of torch.nn's module."""
+        if isinstance(input, Proxy) or isinstance(hx, Proxy):
+            return fx_leaf(self, input, hx)
         self._check_dim("input", input)
-        if hx is not None:
-            self._check_dim("hidden", hx)
-        if input.dim() == 2:
-            return self._step(input, None if hx is None else (hx,))[0]
-        return self._step(input.unsqueeze(0), None if hx is None else (hx.unsqueeze(0),))[
-            0
-        ].squeeze(0)
+        if hx is None:
+            return self._forward(input, None)[0]
+        self._check_dim("hidden", hx)
+        return self._forward(input, (hx,))[0]
 
 
-class RNNCell(_CellModule):
+class RNNCell(_OneStateCell):
     r"""One step of an Elman RNN, a drop-in for :class:`torch.nn.RNNCell`: see :class:`RNN`.
 
     Args:
@@ -94,7 +87,7 @@ class RNNCell(_CellModule):
         >>> h = cell(torch.randn(3, 10))
     """
 
-    __constants__ = (*RNNCellBase.__constants__, "nonlinearity")
+    __constants__ = [*RNNCellBase.__constants__, "nonlinearity"]
     _name = "RNNCell"
 
     def __init__(
@@ -117,13 +110,10 @@ class RNNCell(_CellModule):
     def _cell(self) -> Cell:
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return CELLS[f"rnn_{self.nonlinearity}"]
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
-        return self._forward_one(input, hx)
+        return CELLS["rnn_tanh" if self.nonlinearity == "tanh" else "rnn_relu"]
 
 
-class LSTMCell(_CellModule):
+class LSTMCell(CellModule):
     r"""One step of an LSTM, a drop-in for :class:`torch.nn.LSTMCell`: see :class:`LSTM`.
 
     Args:
@@ -140,7 +130,6 @@ class LSTMCell(_CellModule):
     """
 
     _name = "LSTMCell"
-    _cell = CELLS["lstm"]
 
     def __init__(
         self,
@@ -156,31 +145,28 @@ class LSTMCell(_CellModule):
             input_size, hidden_size, bias, 4, device=device, dtype=dtype, backend=backend
         )
 
+    @property
+    def _cell(self) -> Cell:
+        return CELLS["lstm"]
+
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
-        leaf = fx_leaf(self, input, hx)
-        if leaf is not None:
-            return leaf
+        """Run the module; arguments and results are those of torch.nn's module."""
+        if isinstance(input, Proxy) or isinstance(hx, Proxy):
+            return fx_leaf(self, input, hx)
         self._check_dim("input", input)
         if hx is not None:
             for k, state in enumerate(hx):
                 self._check_dim(f"hx[{k}]", state)
-            self._check_pair(hx)
-        if input.dim() == 2:
-            return self._step(input, hx)
-        states = None if hx is None else tuple(s.unsqueeze(0) for s in hx)
-        return tuple(s.squeeze(0) for s in self._step(input.unsqueeze(0), states))
-
-    @staticmethod
-    def _check_pair(hx: Any) -> None:
-        if isinstance(hx, Tensor):
-            raise TypeError(
-                "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
-            )
-        if len(hx) != 2:
-            raise RuntimeError("lstm_cell expects two hidden states")
+            if isinstance(hx, Tensor):
+                raise TypeError(
+                    "lstm_cell(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor"
+                )
+            if len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
+        return self._forward(input, hx)
 
 
-class GRUCell(_CellModule):
+class GRUCell(_OneStateCell):
     r"""One step of a GRU, a drop-in for :class:`torch.nn.GRUCell`: see :class:`GRU`.
 
     Args:
@@ -197,7 +183,6 @@ class GRUCell(_CellModule):
     """
 
     _name = "GRUCell"
-    _cell = CELLS["gru"]
 
     def __init__(
         self,
@@ -213,5 +198,6 @@ class GRUCell(_CellModule):
             input_size, hidden_size, bias, 3, device=device, dtype=dtype, backend=backend
         )
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
-        return self._forward_one(input, hx)
+    @property
+    def _cell(self) -> Cell:
+        return CELLS["gru"]

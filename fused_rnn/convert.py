@@ -104,8 +104,13 @@ def _as(
     new = cls.__new__(cls)
     new.__dict__.update(old.__dict__)
     new.__dict__.pop("backend", None)
+    new.__dict__.update(extra)
     for name, value in old.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules") or isinstance(value, list):
             new.__dict__[name] = value.copy()
-    new.__dict__.update(extra)
+        elif isinstance(value, dict):
+            # Dicts of hooks stay shared: a handle that removes a hook knows it by its dict.
+            for key, hook in value.items():
+                if getattr(hook, "with_module", False):
+                    value[key] = type(hook)(hook.hook, new)
     return new

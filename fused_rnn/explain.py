@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from .backends import BACKENDS, Problem, choose, refusal, requested
+from .cell_modules import CellModule
+from .modules import SequenceModule
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,18 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> Explanation:
         an object that prints as a table.
 
     Raises:
+        TypeError: ``module`` is none of ours.
         RuntimeError: the backend asked for cannot run this, as the module itself would raise.
 
     Example::
 
         >>> print(fused_rnn.explain(rnn, input))
     """
+    if not isinstance(module, (SequenceModule, CellModule)):
+        raise TypeError(
+            f"explain expects a module of fused_rnn, got {type(module).__name__}; "
+            "fused_rnn.convert makes one out of torch.nn's"
+        )
     problem = module.describe(input, hx)
     name = requested(module.backend)
     backend, why = choose(problem, name)

@@ -7,11 +7,14 @@ torch.nn, which then refuses it in its own words.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from .backends import Problem, requested, select, torch_nn
@@ -106,7 +109,7 @@ def rnn(
     stacked = (
         torch.stack(s) if len(s) > 1 else s[0].unsqueeze(0) for s in zip(*finals, strict=True)
     )
-    return input.to(dtypes[0]), tuple(s.to(d) for s, d in zip(stacked, dtypes, strict=False))
+    return cast(input, dtypes[0]), tuple(map(cast, stacked, dtypes))
 
 
 def step(
@@ -127,21 +130,74 @@ def step(
     Raises:
         RuntimeError: as :func:`rnn`.
     """
+    h, c = (None, None) if states is None else (states[0], states[-1])
+    if _is_plain(input, states, w):
+        run = _plain_step(
+            cell.name, input.dtype, input.device, input.shape, w.w_hh.size(1), requested(backend)
+        )
+        if run is not None:
+            try:
+                return run(cell, input, h, c, *w[:4])[: cell.states]
+            except RuntimeError:
+                check_step(cell, input, states, w)
+                raise
+    check_step(cell, input, states, w)
     problem = describe_step(cell, input, states, w)
-    if agree(input, w[:2] if states is None else (*states, w[0])):
-        chosen = select(problem, requested(backend))
-    else:
-        chosen = torch_nn
-    if chosen is torch_nn or (hasattr(chosen, "cell_step") and not problem.grad):
-        h, c = (None, None) if states is None else (states[0], states[-1])
-        return chosen.cell_step(cell, input, h, c, w.w_ih, w.w_hh, w.b_ih, w.b_hh)
-    dtypes = result_dtypes(problem, input, states)
+    chosen = select(problem, requested(backend))
+    if not hasattr(chosen, "layer"):
+        return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
     _, final = _layer(chosen, cell, input.unsqueeze(0), states, w)
-    return tuple(s.to(d) for s, d in zip(final, dtypes, strict=False))
+    dtypes = result_dtypes(problem, input, states)
+    return tuple(map(cast, final, dtypes))
+
+
+def _is_plain(input: Tensor, states: States | None, w: Weights) -> bool:
+    """Whether nothing watches the computation: no autograd, transform, tracer or autocast.
+
+    Then a cell's one step may go straight to a kernel, whose own checks suffice.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or (states is not None and not input.dtype is states[0].dtype is states[-1].dtype)
+        or needs_grad((input, *(states or ()), *w))
+    )
+
+
+@lru_cache(maxsize=1024)
+def _plain_step(
+    cell: str, dtype: torch.dtype, device: torch.device, shape: torch.Size, H: int, name: str
+) -> Callable[..., States] | None:
+    """The kernel for one step of this kind. Cached, because choosing takes longer than the step."""
+    N, I = shape  # noqa: E741
+    problem = Problem(cell, dtype, device.type, 0, N, I, H, 0, 1, 1, False, False, False)
+    return getattr(select(problem, name), "cell_step", None)
+
+
+def check_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> None:
+    """Refuse what torch.nn's cells refuse, in the same words."""
+    (n, size), (_, expected), hidden = input.shape, w.w_ih.shape, w.w_hh.size(1)
+    if size != expected:
+        raise RuntimeError(f"input has inconsistent input_size: got {size} expected {expected}")
+    for k, state in enumerate(states or ()):
+        if state.size(0) != n:
+            raise RuntimeError(
+                f"Input batch size {n} doesn't match hidden{k} batch size {state.size(0)}"
+            )
+        if state.size(1) != hidden:
+            raise RuntimeError(
+                f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}"
+            )
+    if not agree(input, (*(states or ()), *(x for x in w if x is not None))):
+        h, c = (None, None) if states is None else (states[0], states[-1])
+        torch_nn.cell_step(cell, input, h, c, *w[:4])
 
 
 def _layer(
-    chosen,  # a backend: a module
+    chosen: ModuleType,
     cell: Cell,
     input: Tensor,
     states: States | None,
@@ -152,20 +208,27 @@ def _layer(
 ) -> tuple[Tensor, States]:
     """One layer in one direction: the input's product for all steps in one GEMM, then the loop."""
     bias, b_hh = w.b_ih, w.b_hh
-    if cell.folds_bias and bias is not None:
+    if cell.folds_bias and bias is not None and b_hh is not None:
         bias, b_hh = bias + b_hh, None
     gx = linear(input, w.w_ih, bias)
     # Under autocast the GEMM decides the dtype, and what the loop reads follows it.
-    w_hh, b_hh, w_hr = (None if x is None else x.to(gx.dtype) for x in (w.w_hh, b_hh, w.w_hr))
+    w_hh, b_hh, w_hr = (None if x is None else cast(x, gx.dtype) for x in (w.w_hh, b_hh, w.w_hr))
     h0 = c0 = None
     if states is not None:
         kept = (gx.dtype, carry_dtype(gx.dtype))
         h0, *c0s = (s if s.dtype in kept else s.to(kept[1]) for s in states)
         c0 = c0s[0] if c0s else None
+        if c0 is h0 and c0 is not None:
+            c0 = c0.view_as(c0)  # dynamo refuses a tensor that is two arguments of a Function
     h, _, h_n, c_n = chosen.layer(
         cell, gx, w_hh, b_hh, h0, c0, reverse=reverse, rows=rows, w_hr=w_hr
     )
     return h, (h_n,) if c_n is None else (h_n, c_n)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` that leaves no trace, in time or in a graph, where there is nothing to do."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
@@ -242,32 +305,31 @@ def describe(
         P=0 if w.w_hr is None else w.w_hr.size(0),
         layers=len(weights) // directions,
         directions=directions,
-        grad=_needs_grad(input, states, weights),
+        grad=needs_grad((input, *(states or ()), *(x for w in weights for x in w))),
         packed=batch_sizes is not None,
         compiling=torch.compiler.is_compiling(),
     )
 
 
 def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> Problem:
-    """What :func:`step` asks of a backend. Positional, because a step takes microseconds."""
+    """What :func:`step` asks of a backend: a problem of no steps."""
     return Problem(
-        cell.name,
-        autocast_dtype(input) or input.dtype,
-        input.device.type,
-        0,
-        *input.shape,
-        w.w_hh.size(1),
-        0,
-        1,
-        1,
-        _needs_grad(input, states, (w,)),
-        False,
-        torch.compiler.is_compiling(),
+        cell=cell.name,
+        dtype=autocast_dtype(input) or input.dtype,
+        device=input.device.type,
+        T=0,
+        N=input.size(0),
+        I=input.size(1),
+        H=w.w_hh.size(1),
+        P=0,
+        layers=1,
+        directions=1,
+        grad=needs_grad((input, *(states or ()), *w)),
+        packed=False,
+        compiling=torch.compiler.is_compiling(),
     )
 
 
-def _needs_grad(input: Tensor, states: States | None, weights: Sequence[Weights]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    tensors = (input, *(states or ()), *(w for layer in weights for w in layer))
-    return any(x is not None and x.requires_grad for x in tensors)
+def needs_grad(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a backward may follow."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 from torch.nn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
@@ -23,17 +24,18 @@ from .functional import Weights
 _PROJ_SIZE = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
 
-def fx_leaf(module: torch.nn.Module, input: Any, hx: Any) -> Proxy | None:
-    """A ``call_module`` node when FX is tracing, as for the modules in torch.nn's own namespace."""
-    for proxy in (input, hx):
-        if isinstance(proxy, Proxy):
-            tracer = proxy.tracer
-            name = tracer.path_of_module(module)
-            return tracer.create_proxy("call_module", name, (input, hx), {})
-    return None
+def fx_leaf(module: torch.nn.Module, input: Any, hx: Any) -> Proxy:
+    """A ``call_module`` node under FX tracing, which is what torch.nn's modules become there."""
+    tracer: Any = (input if isinstance(input, Proxy) else hx).tracer
+    if tracer.root is module:
+        raise TraceError(
+            f"FX cannot trace {type(module).__name__} by itself, only as a part of a model, where "
+            "it becomes one node; put it into a Module of its own"
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input, hx), {})
 
 
-class _Sequence(RNNBase):
+class SequenceModule(RNNBase):
     """What RNN, LSTM and GRU share: shapes in and out, around :func:`functional.rnn`."""
 
     backend: str = "auto"
@@ -52,9 +54,8 @@ class _Sequence(RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
-        leaf = fx_leaf(self, input, hx)
-        if leaf is not None:
-            return leaf
+        if isinstance(input, Proxy) or isinstance(hx, Proxy):
+            return fx_leaf(self, input, hx)
         output, states = functional.rnn(
             *self._arguments(input, hx),
             dropout=self.dropout,
@@ -63,9 +64,9 @@ class _Sequence(RNNBase):
         )
         if isinstance(input, PackedSequence):
             _, batch_sizes, sorted_indices, unsorted_indices = input
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             hx = states if self._has_cell_state else states[0]
-            return output, self.permute_hidden(hx, unsorted_indices)
+            return packed, self.permute_hidden(hx, unsorted_indices)
         if input.dim() == 2:
             output, states = output.squeeze(1), tuple(s.squeeze(1) for s in states)
         elif self.batch_first:
@@ -112,7 +113,7 @@ class _Sequence(RNNBase):
         for names in self._all_weights:
             read = [getattr(self, name) for name in names]
             w_hr = read.pop() if self.proj_size else None
-            weights.append(Weights(*read, w_hr=w_hr))
+            weights.append(Weights(*read)._replace(w_hr=w_hr))
         return weights
 
     @property
@@ -159,7 +160,7 @@ def with_backend(repr: str, backend: str) -> str:
     return repr if backend == "auto" else f"{repr}, backend={backend!r}"
 
 
-class RNN(_Sequence):
+class RNN(SequenceModule):
     r"""A multi-layer Elman RNN, a drop-in for :class:`torch.nn.RNN`.
 
     .. math::
@@ -239,7 +240,7 @@ class RNN(_Sequence):
         )
 
 
-class LSTM(_Sequence):
+class LSTM(SequenceModule):
     r"""A multi-layer long short-term memory, a drop-in for :class:`torch.nn.LSTM`.
 
     .. math::
@@ -343,11 +344,13 @@ class LSTM(_Sequence):
                 f"For {kind} {expected}-D input, hx and cx should also be {expected}-D "
                 f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
+        if isinstance(hx, Tensor):
+            raise TypeError("lstm(): argument 'hx' must be tuple of Tensors, not Tensor")
         if len(hx) != 2:
             raise RuntimeError("lstm expects two hidden states")
 
 
-class GRU(_Sequence):
+class GRU(SequenceModule):
     r"""A multi-layer gated recurrent unit, a drop-in for :class:`torch.nn.GRU`.
 
     .. math::

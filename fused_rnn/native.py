@@ -83,6 +83,30 @@ def _fake_layer_backward(
     )
 
 
+def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
+    spec = _BY_ID[cell]
+    batch, hidden = h.shape
+    return (
+        gx.new_empty((batch, hidden)),
+        gx.new_empty((batch, hidden) if spec.states == 2 else (0,)),
+        gx.new_empty((batch, spec.saved * hidden) if save and spec.saved else (0,)),
+    )
+
+
+def _fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...]:
+    spec = _BY_ID[cell]
+    batch, hidden = h1.shape
+    gates = (batch, spec.gates * hidden)
+    return (
+        h1.new_empty(gates),
+        h1.new_empty((0,) if spec.folds_bias else gates),
+        h1.new_empty((0,) if spec.folds_bias else (batch, hidden)),
+        h1.new_empty((batch, hidden) if spec.states == 2 else (0,)),
+    )
+
+
 if UNAVAILABLE is None:
     torch.library.register_fake("fused_rnn::layer", _fake_layer)
     torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
+    torch.library.register_fake("fused_rnn::step", _fake_step)
+    torch.library.register_fake("fused_rnn::step_backward", _fake_step_backward)

@@ -229,6 +229,16 @@ def test_a_wrong_gradient_or_output_is_found(kind):
     assert wrong == ["wrong: output"]
 
 
+def test_relu_on_integers_is_exact_in_the_half_types():
+    for form, dtype in itertools.product(check.FORMS, check.HALF):
+        w = replace(form, cell="rnn_relu", P=0)
+        cases = workloads.make_cases(w, {"torch": nn}, dtype, with_states=True, integers=True)
+        output, oracle = (cases[name].results("forward") for name in ("torch", "oracle"))
+        for name, value in output.items():
+            assert torch.equal(value.double(), oracle[name]), (w.name, dtype, name)
+            assert value.any()
+
+
 def test_all_forms_of_the_check_compare_every_gradient():
     for form in check.FORMS:
         cases = workloads.make_cases(form, {"fused_rnn": nn, "torch": nn}, with_states=True)
@@ -281,7 +291,7 @@ def test_report_replaces_only_what_stands_between_its_markers(tmp_path):
 
 def test_character_model_learns_the_same_from_the_same():
     corpus = char_lm.load_corpus()
-    assert corpus.sha256 == char_lm.load_corpus().sha256
+    assert set(corpus.vocabulary) >= set("def self:\n")
     inputs, targets = corpus.batch(3)
     assert torch.equal(inputs[1:], targets[:-1])
     learners = char_lm.train({"fused_rnn": nn, "torch": nn}, {}, corpus, 3)

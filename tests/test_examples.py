@@ -1,4 +1,4 @@
-"""Every program under examples/ runs, learns what it claims to learn, and shows what it explains."""
+"""Every program under examples/ learns what it claims to learn and shows what it explains."""
 
 from __future__ import annotations
 
@@ -40,16 +40,19 @@ def test_readme_names_every_program():
     assert [name for name in PROGRAMS if f"{name}.py" not in readme] == []
 
 
-def test_rnn_by_hand_and_fused_train_alike():
-    result = load("rnn_by_hand").main(["--steps", "150"])
-    torch.testing.assert_close(result.fused, result.hand, rtol=1e-4, atol=1e-6)
-    assert result.hand[-1] < result.silence / 50
+@pytest.fixture(scope="module")
+def by_hand():
+    return load("rnn_by_hand").main(["--steps", "150"])
 
 
-def test_head_that_reads_past_the_hidden_state_cannot_remember():
-    result = load("rnn_by_hand").main(["--steps", "150"])
-    assert not result.past_h2h_has_grad
-    assert min(result.past[-20:]) > result.silence / 2
+def test_rnn_by_hand_and_fused_train_alike(by_hand):
+    torch.testing.assert_close(by_hand.fused, by_hand.hand, rtol=1e-4, atol=1e-6)
+    assert by_hand.hand[-1] < by_hand.silence / 50
+
+
+def test_head_that_reads_past_the_hidden_state_cannot_remember(by_hand):
+    assert not by_hand.past_h2h_has_grad
+    assert min(by_hand.past[-20:]) > by_hand.silence / 2
 
 
 def test_hello_is_answered_by_all_three_networks():
@@ -98,7 +101,7 @@ def test_next_frame_is_predicted_and_the_chain_of_mlps_is_the_same(tmp_path):
 @pytest.fixture(scope="module")
 def long_memory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plots")
-    return load("long_memory").main(["--long", "80", "--steps", "150", "--out", str(folder)])
+    return load("long_memory").main(["--out", str(folder)])
 
 
 def test_gradient_through_time_is_the_product_of_the_formula(long_memory):
@@ -114,27 +117,27 @@ def test_gradient_through_time_is_the_product_of_the_formula(long_memory):
 
 def test_gradient_vanishes_or_explodes_and_open_gates_keep_it(long_memory):
     reach = {name: (curve[0] / curve[-1]).item() for name, curve in long_memory.curves.items()}
-    assert reach["one relu, w = 1.1"] == pytest.approx(1.1**79)
+    assert reach["one relu, w = 1.1"] == pytest.approx(1.1**99)
     assert max(reach["one tanh, w = 0.9"], reach["RNN"], reach["LSTM"], reach["GRU"]) < 1e-9
     assert min(reach["LSTM, biases for T"], reach["GRU, biases for T"]) > 1e-3
 
 
 def test_exploding_gradient_ends_in_nan_and_clipping_stops_it(long_memory):
-    losses, norms = zip(*long_memory.exploding, strict=True)
-    assert math.isfinite(losses[0])
-    assert math.isnan(losses[-1])
-    assert math.inf in norms
+    exploding = [loss for loss, _ in long_memory.exploding]
+    assert math.isfinite(exploding[0])
+    assert math.isnan(exploding[-1])
     clipped = [loss for loss, _ in long_memory.clipped]
     assert all(map(math.isfinite, clipped))
-    assert clipped[-1] < load("long_memory").MEAN_LEVEL_ERROR / 2 < clipped[0]
+    assert clipped[0] == exploding[0]
+    assert sum(clipped[-10:]) / 10 < load("long_memory").MEAN_LEVEL_ERROR / 2
 
 
-def test_all_remember_ten_steps_and_only_gated_cells_eighty(long_memory):
+def test_all_remember_ten_steps_and_only_gated_cells_a_hundred(long_memory):
     recall = long_memory.recall
     counts = [recall[cell, 10].parameters for cell in ("RNN", "LSTM", "GRU")]
     assert counts == [counts[0], 4 * counts[0], 3 * counts[0]]
     right = {key: row.right for key, row in recall.items()}
     assert min(right[cell, 10] for cell in ("RNN", "LSTM", "GRU")) > 0.95
-    assert min(right[cell, 80] for cell in ("LSTM", "GRU")) > 0.9
-    assert right["RNN", 80] < 0.5
+    assert min(right[cell, 100] for cell in ("LSTM", "GRU")) > 0.9
+    assert right["RNN", 100] < 0.5
     assert is_png(long_memory.plot)

@@ -75,8 +75,9 @@ class Backward {
     for (int64_t step = a.T - 1; step >= 0; --step) {
       const int64_t count = find_live(step);
       if (projects()) unproject(count);
-      for (int64_t j = 0; j < count; ++j)
-        for (int64_t unit = 0; unit < a.H; unit += kWidth) update(live[j], j, unit);
+      int64_t j = 0;
+      for (; j + 1 < count; j += 2) update_units<2>(j);
+      if (j < count) update_units<1>(j);
       propagate(count);
     }
   }
@@ -163,8 +164,8 @@ class Backward {
       x[j] = total;
       for (int64_t unit = 0; unit < a.R; unit += kWidth) {
         const int64_t n = a.R - unit;
-        V dh = V::load(dh0(live[j].n) + unit, n);
-        if (a.dh) dh = dh + V::load(static_cast<const T*>(a.dh) + live[j].index * a.R + unit, n);
+        const V dh =
+            add(V::load(dh0(live[j].n) + unit, n), a.dh, live[j].index * a.R + unit, n);
         dh.store(total + unit, n);
         dh.store(static_cast<T*>(a.dh_total) + live[j].index * a.R + unit, n);
       }
@@ -175,40 +176,63 @@ class Backward {
     });
   }
 
-  // Gradients of one row's units [unit, unit + kWidth).
-  FUSED_RNN_FN void update(const Live& row, int64_t j, int64_t unit) {
-    const int64_t n = a.H - unit;
-    V s[Cell::kStates], s1[Cell::kStates], ds1[Cell::kStates], ds[Cell::kStates], saved[4],
+  template <int K>
+  void update_units(int64_t j) {
+    int64_t unit = 0;
+    for (; unit + kWidth <= a.H; unit += kWidth) update<K, true>(j, unit);
+    if (unit < a.H) update<K, false>(j, unit);
+  }
+
+  // Gradients of a block of units in K live rows from the j-th on. kFull: no lane of the block
+  // lies beyond H.
+  template <int K, bool kFull>
+  FUSED_RNN_FN void update(int64_t j, int64_t unit) {
+    using X = Several<A, K>;
+    const int64_t n = kFull ? kWidth : a.H - unit;
+    const Live* row = live + j;
+    X s[Cell::kStates], s1[Cell::kStates], ds1[Cell::kStates], ds[Cell::kStates], saved[4],
         dgx[kGates], dgh[kGates];
-    if (projects()) {
-      ds1[0] = V::load(dh_unprojected + j * a.H + unit, n);
-    } else {
-      ds1[0] = V::load(dh0(row.n) + unit, n);
-      if (a.dh) ds1[0] = ds1[0] + V::load(static_cast<const T*>(a.dh) + row.index * a.R + unit, n);
-      s1[0] = V::load(static_cast<const T*>(a.h) + row.index * a.R + unit, n);
-    }
-    if constexpr (Cell::kHiddenIsElementwise)
-      s[0] = V::load(state_before(a.h, a.h0, row, a.R) + unit, n);
-    if constexpr (Cell::kStates == 2) {
-      ds1[1] = V::load(dc0(row.n) + unit, n);
-      if (a.dc) ds1[1] = ds1[1] + V::load(static_cast<const T*>(a.dc) + row.index * a.H + unit, n);
-      s[1] = V::load(state_before(a.c, a.c0, row, a.H) + unit, n);
-      s1[1] = V::load(static_cast<const T*>(a.c) + row.index * a.H + unit, n);
-    }
-    const T* saved_at = static_cast<const T*>(a.saved) + row.index * Cell::kSaved * a.H + unit;
-    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = V::load(saved_at + k * a.H, n);
+    X::each([&](int k) {
+      const int64_t index = row[k].index;
+      if (projects()) {
+        ds1[0].part[k] = V::load(dh_unprojected + (j + k) * a.H + unit, n);
+      } else {
+        ds1[0].part[k] = add(V::load(dh0(row[k].n) + unit, n), a.dh, index * a.R + unit, n);
+        s1[0].part[k] = V::load(static_cast<const T*>(a.h) + index * a.R + unit, n);
+      }
+      if constexpr (Cell::kHiddenIsElementwise)
+        s[0].part[k] = V::load(state_before(a.h, a.h0, row[k], a.R) + unit, n);
+      if constexpr (Cell::kStates == 2) {
+        ds1[1].part[k] = add(V::load(dc0(row[k].n) + unit, n), a.dc, index * a.H + unit, n);
+        s[1].part[k] = V::load(state_before(a.c, a.c0, row[k], a.H) + unit, n);
+        s1[1].part[k] = V::load(static_cast<const T*>(a.c) + index * a.H + unit, n);
+      }
+      const T* saved_at = static_cast<const T*>(a.saved) + index * Cell::kSaved * a.H + unit;
+#pragma GCC unroll 4
+      for (int i = 0; i < Cell::kSaved; ++i) saved[i].part[k] = V::load(saved_at + i * a.H, n);
+    });
 
     Cell::backward(ds1, saved, s, s1, dgx, dgh, ds);
 
-    T* dgx_at = static_cast<T*>(a.dgx) + row.index * kGates * a.H + unit;
-    for (int g = 0; g < kGates; ++g) {
-      dgx[g].store(dgx_at + g * a.H, n);
-      if constexpr (Cell::kSplitsGates)
-        dgh[g].store(static_cast<T*>(a.dgh) + row.index * kGates * a.H + g * a.H + unit, n);
-      if constexpr (!kReadsOutput) dgh[g].store(row.dgh + g * a.H + unit, n);
-    }
-    if (!projects()) (row.passes ? ds[0] : V(0)).store(dh0(row.n) + unit, n);
-    if constexpr (Cell::kStates == 2) (row.passes ? ds[1] : V(0)).store(dc0(row.n) + unit, n);
+    X::each([&](int k) {
+      const int64_t at = row[k].index * kGates * a.H + unit;
+#pragma GCC unroll 4
+      for (int g = 0; g < kGates; ++g) {
+        dgx[g].part[k].store(static_cast<T*>(a.dgx) + at + g * a.H, n);
+        if constexpr (Cell::kSplitsGates)
+          dgh[g].part[k].store(static_cast<T*>(a.dgh) + at + g * a.H, n);
+        if constexpr (!kReadsOutput) dgh[g].part[k].store(row[k].dgh + g * a.H + unit, n);
+      }
+      const V zero(0);
+      if (!projects()) (row[k].passes ? ds[0].part[k] : zero).store(dh0(row[k].n) + unit, n);
+      if constexpr (Cell::kStates == 2)
+        (row[k].passes ? ds[1].part[k] : zero).store(dc0(row[k].n) + unit, n);
+    });
+  }
+
+  // x + gradient[at...], where there is one.
+  static FUSED_RNN_FN V add(V x, const void* gradient, int64_t at, int64_t n) {
+    return gradient ? x + V::load(static_cast<const T*>(gradient) + at, n) : x;
   }
 
   // Through the recurrent product into the state before.

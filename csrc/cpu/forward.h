@@ -38,9 +38,13 @@ class Forward {
   // One row that takes part in the current step.
   struct Live {
     int64_t index;  // in gx, h, c, saved
-    const A* c;     // cell state before the step
-    A* c1;          // and after
-    A* h1;          // new hidden state, before a projection
+    const T* gx;
+    const A* c;  // cell state before the step
+    A* c1;       // and after
+    A* h1;       // new hidden state, before a projection
+    T* h_out;    // where it is also wanted in the dtype of gx, or null
+    T* c_out;    // only to save
+    T* saved;
   };
 
   const ForwardArgs& a;
@@ -122,44 +126,76 @@ class Forward {
       A* c = Cell::kStates == 2 ? static_cast<A*>(a.c_n) + n * a.H : nullptr;
       who[count] = i;
       x[count] = clear ? zeros : state[i];
-      live[count++] = {index, clear ? zeros : c, c,
-                       a.w_hr ? unprojected + i * a.H : state_after(i, index)};
+      Live& row = live[count++];
+      row.index = index;
+      row.gx = static_cast<const T*>(a.gx) + index * Cell::kGates * a.H;
+      row.c = clear ? zeros : c;
+      row.c1 = c;
+      row.h1 = a.w_hr ? unprojected + i * a.H : state_after(i, index);
+      row.h_out = kReadsOutput || a.w_hr ? nullptr : static_cast<T*>(a.h) + index * a.R;
+      row.c_out = static_cast<T*>(a.c) + index * a.H;
+      row.saved = static_cast<T*>(a.saved) + index * Cell::kSaved * a.H;
     }
     return count;
   }
 
   void run_tile(int64_t p, int vectors, int64_t first, int rows) {
     const Panels<A>& panels = weights.hidden;
-    A product[kMaxRows * kMaxVectors * kWidth];
+    alignas(kVectorBytes) A product[kMaxRows * kMaxVectors * kWidth];
     find_tile<A>(vectors, rows)(panels.panel_weights(p), panels.panel_bias(p), x + first, a.R,
                                 product);
-    for (int j = 0; j < rows; ++j)
-      for (int b = 0; b < panels.block_count(p); ++b)
-        update(live[first + j], x[first + j], product + (j * vectors + b * Cell::kGates) * kWidth,
-               (panels.first_block(p) + b) * kWidth);
+    for (int b = 0; b < panels.block_count(p); ++b) {
+      const Block block{product + b * Cell::kGates * kWidth, vectors * kWidth,
+                        (panels.first_block(p) + b) * kWidth};
+      if (block.unit + kWidth <= a.H)
+        update_rows<true>(first, rows, block);
+      else
+        update_rows<false>(first, rows, block);
+    }
   }
 
-  // Gates and new state of one row's units [unit, unit + kWidth).
-  FUSED_RNN_FN void update(const Live& row, const A* h, const A* product, int64_t unit) {
-    const int64_t n = a.H - unit;
-    const T* gx = static_cast<const T*>(a.gx) + row.index * Cell::kGates * a.H + unit;
-    V input[Cell::kGates], hidden[Cell::kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
-    for (int g = 0; g < Cell::kGates; ++g) {
-      input[g] = V::load(gx + g * a.H, n);
-      hidden[g] = V::load(product + g * kWidth);
-    }
-    if constexpr (Cell::kHiddenIsElementwise) s[0] = V::load(h + unit, n);
-    if constexpr (Cell::kStates == 2) s[1] = V::load(row.c + unit, n);
+  // The products of one block of units: `stride` from row to row.
+  struct Block {
+    const A* product;
+    int64_t stride, unit;
+  };
+
+  template <bool kFull>
+  void update_rows(int64_t first, int rows, Block block) {
+    int j = 0;
+    for (; j + 1 < rows; j += 2) update<2, kFull>(first + j, block, j);
+    if (j < rows) update<1, kFull>(first + j, block, j);
+  }
+
+  // Gates and new state of a block of units, in K live rows from `first` on. kFull: no lane of the
+  // block lies beyond H.
+  template <int K, bool kFull>
+  FUSED_RNN_FN void update(int64_t first, const Block& block, int j) {
+    using X = Several<A, K>;
+    const int64_t unit = block.unit, n = kFull ? kWidth : a.H - unit;
+    const Live* row = live + first;
+    X input[Cell::kGates], hidden[Cell::kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
+    X::each([&](int k) {
+      const A* product = block.product + (j + k) * block.stride;
+#pragma GCC unroll 4
+      for (int g = 0; g < Cell::kGates; ++g) {
+        input[g].part[k] = V::load(row[k].gx + g * a.H + unit, n);
+        hidden[g].part[k] = V::load(product + g * kWidth);
+      }
+      if constexpr (Cell::kHiddenIsElementwise) s[0].part[k] = V::load(x[first + k] + unit, n);
+      if constexpr (Cell::kStates == 2) s[1].part[k] = V::load(row[k].c + unit, n);
+    });
     Cell::forward(input, hidden, s, s1, saved);
-    s1[0].store(row.h1 + unit, n);
-    if constexpr (!kReadsOutput)
-      if (!a.w_hr) s1[0].store(static_cast<T*>(a.h) + row.index * a.R + unit, n);
-    if constexpr (Cell::kStates == 2) s1[1].store(row.c1 + unit, n);
-    if (!a.save) return;
-    if constexpr (Cell::kStates == 2)
-      s1[1].store(static_cast<T*>(a.c) + row.index * a.H + unit, n);
-    T* save_to = static_cast<T*>(a.saved) + row.index * Cell::kSaved * a.H + unit;
-    for (int k = 0; k < Cell::kSaved; ++k) saved[k].store(save_to + k * a.H, n);
+    X::each([&](int k) {
+      s1[0].part[k].store(row[k].h1 + unit, n);
+      if constexpr (!kReadsOutput)
+        if (row[k].h_out) s1[0].part[k].store(row[k].h_out + unit, n);
+      if constexpr (Cell::kStates == 2) s1[1].part[k].store(row[k].c1 + unit, n);
+      if (!a.save) return;
+      if constexpr (Cell::kStates == 2) s1[1].part[k].store(row[k].c_out + unit, n);
+#pragma GCC unroll 4
+      for (int i = 0; i < Cell::kSaved; ++i) saved[i].part[k].store(row[k].saved + i * a.H + unit, n);
+    });
   }
 
   void project(int64_t count) {

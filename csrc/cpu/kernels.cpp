@@ -7,6 +7,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "step.h"
 
 namespace FUSED_RNN_NAMESPACE {
 namespace {
@@ -50,7 +51,11 @@ constexpr fused_rnn::Kernels kKernels = {
     {forward_loop<RnnTanh, T>, forward_loop<RnnRelu, T>, forward_loop<Lstm, T>,
      forward_loop<Gru, T>},
     {backward_loop<RnnTanh, T>, backward_loop<RnnRelu, T>, backward_loop<Lstm, T>,
-     backward_loop<Gru, T>}};
+     backward_loop<Gru, T>},
+    {Steps<RnnTanh, T>::forward, Steps<RnnRelu, T>::forward, Steps<Lstm, T>::forward,
+     Steps<Gru, T>::forward},
+    {Steps<RnnTanh, T>::backward, Steps<RnnRelu, T>::backward, Steps<Lstm, T>::backward,
+     Steps<Gru, T>::backward}};
 
 }  // namespace
 

@@ -21,10 +21,14 @@ struct Loop {
   void (*run)(const Args&, Share, char* weights, char* scratch);
 };
 
+// Runs rows [begin, end).
+using StepFunction = void (*)(const StepArgs&, int64_t begin, int64_t end);
+
 // Of one dtype, by CellId.
 struct Kernels {
   Loop<ForwardArgs> forward[kCellCount];
   Loop<BackwardArgs> backward[kCellCount];
+  StepFunction step[kCellCount], step_backward[kCellCount];
 };
 
 enum Scalar : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kScalarCount = 4 };

@@ -106,9 +106,24 @@ void backward(const BackwardArgs& args, ScalarType io) {
   run(best_kernels(scalar_of(io)).backward[args.cell], args);
 }
 
-constexpr Device kCpu = {forward, backward};
+void run_rows(StepFunction step, const StepArgs& args) {
+  // A unit takes some 10 ns of arithmetic; a thread is worth waking for 50 us of it.
+  const int64_t rows_per_thread = 1 + 5000 / (args.H ? args.H : 1);
+  torch::stable::parallel_for(
+      0, args.N, rows_per_thread,
+      [&](int64_t begin, int64_t end) { step(args, begin, end); });
+}
 
-ForwardResult layer(int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0,
+void step(const StepArgs& args, ScalarType io) {
+  run_rows(best_kernels(scalar_of(io)).step[args.cell], args);
+}
+void step_backward(const StepArgs& args, ScalarType io) {
+  run_rows(best_kernels(scalar_of(io)).step_backward[args.cell], args);
+}
+
+constexpr Device kCpu = {forward, backward, step, step_backward};
+
+ForwardResult layer_op(int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0,
                     OptionalTensor c0, bool reverse, bool save, OptionalTensor control,
                     OptionalTensor rows, OptionalTensor w_hr, OptionalTensor h_mask,
                     OptionalTensor keep) {
@@ -116,7 +131,7 @@ ForwardResult layer(int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, O
                    {control, rows, w_hr, h_mask, keep});
 }
 
-BackwardResult layer_backward(int64_t cell, OptionalTensor dh, OptionalTensor dc,
+BackwardResult layer_backward_op(int64_t cell, OptionalTensor dh, OptionalTensor dc,
                               OptionalTensor dh_n, OptionalTensor dc_n, Tensor h, Tensor c,
                               Tensor saved, Tensor w_hh, OptionalTensor h0, OptionalTensor c0,
                               bool reverse, OptionalTensor control, OptionalTensor rows,
@@ -125,10 +140,23 @@ BackwardResult layer_backward(int64_t cell, OptionalTensor dh, OptionalTensor dc
                             {control, rows, w_hr, h_mask, keep});
 }
 
+StepResult step_op(int64_t cell, Tensor gx, Tensor gh, Tensor h, OptionalTensor c, bool save) {
+  return run_step(kCpu, cell, gx, gh, h, c, save);
+}
+
+StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTensor dc1,
+                                    Tensor h1, Tensor c1, Tensor saved, Tensor h,
+                                    OptionalTensor c) {
+  return run_step_backward(kCpu, cell, {dh1, dc1, std::nullopt, std::nullopt},
+                           {h1, c1, saved, std::nullopt, h, c});
+}
+
 }  // namespace
 }  // namespace fused_rnn
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) {
-  library.impl("layer", TORCH_BOX(&fused_rnn::layer));
-  library.impl("layer_backward", TORCH_BOX(&fused_rnn::layer_backward));
+  library.impl("layer", TORCH_BOX(&fused_rnn::layer_op));
+  library.impl("layer_backward", TORCH_BOX(&fused_rnn::layer_backward_op));
+  library.impl("step", TORCH_BOX(&fused_rnn::step_op));
+  library.impl("step_backward", TORCH_BOX(&fused_rnn::step_backward_op));
 }

@@ -68,7 +68,7 @@ void zero_row(void* base, int64_t index, int64_t width) {
 template <class A, class Store>
 void multiply(const Panels<A>& panels, const A* const* x, int64_t count, Store store) {
   constexpr int64_t kWidth = Vec<A>::kWidth;
-  A out[kMaxRows * kMaxVectors * kWidth];
+  alignas(kVectorBytes) A out[kMaxRows * kMaxVectors * kWidth];
   for (int64_t p = 0; p < panels.count(); ++p) {
     const int vectors = panels.vectors(p);
     for_each_tile(count, vectors, [&](int64_t first, int rows) {

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
 
 from .. import native
-from ..autograd import layer
+from ..autograd import layer, step
+from ..cells import Cell
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["NAME", "available", "explain", "layer", "supports"]
+__all__ = ["NAME", "available", "cell_step", "explain", "layer", "supports"]
 
 NAME = "cpu"
 
@@ -37,3 +40,19 @@ def supports(problem: Problem) -> str | None:
 
 def explain(problem: Problem) -> str:
     return "one native call a layer and direction"
+
+
+def cell_step(
+    cell: Cell,
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step of one layer: the next ``(h, c)``; ``c`` is ``None`` but for the LSTM."""
+    if h is None:
+        h = c = x.new_zeros(x.size(0), w_hh.size(1))
+    return step(cell, linear(x, w_ih, b_ih), linear(h, w_hh, b_hh), h, c)

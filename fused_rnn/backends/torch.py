@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import _VF, Tensor
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 NAME = "torch"
 
-_STEPS = {
+_STEPS: dict[str, Any] = {
     "rnn_tanh": _VF.rnn_tanh_cell,
     "rnn_relu": _VF.rnn_relu_cell,
     "lstm": _VF.lstm_cell,
     "gru": _VF.gru_cell,
 }
-_STACKS = {
+_STACKS: dict[str, Any] = {
     "rnn_tanh": _VF.rnn_tanh,
     "rnn_relu": _VF.rnn_relu,
     "lstm": _VF.lstm,
@@ -80,7 +80,7 @@ def cell_step(
     b_ih: Tensor | None,
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of one layer."""
+    """One step of one layer: the next ``(h, c)``; ``c`` is ``None`` but for the LSTM."""
     if h is None:
         h = c = x.new_zeros(x.size(0), w_hh.size(1))
     hx = (h, c) if cell.states == 2 else h
