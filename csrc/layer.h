@@ -86,4 +86,18 @@ struct StepArgs {
   void* dc;         // [N, H] or null
 };
 
+// A whole step of a cell, products included. Every tensor is io.
+struct CellArgs {
+  int64_t N, I, H;
+  const void* x;     // [N, I]
+  const void* h;     // [N, H]
+  const void* c;     // [N, H] or null
+  const void* w_ih;  // [G*H, I]
+  const void* w_hh;  // [G*H, H]
+  const void* b_ih;  // [G*H] or null
+  const void* b_hh;  // [G*H] or null
+  void* h1;          // [N, H]
+  void* c1;          // [N, H] or null
+};
+
 }  // namespace fused_rnn

@@ -33,7 +33,7 @@ class CellModule(RNNCellBase):
         """What a call with these arguments asks of a backend; see :func:`fused_rnn.explain`."""
         if input.dim() == 1:
             input = input.unsqueeze(0)
-        states = hx if hx is None or isinstance(hx, tuple) else (hx,)
+        states = (hx,) if isinstance(hx, Tensor) else hx
         return functional.describe_step(self._cell, input, states, self._weights())
 
     @property

@@ -19,6 +19,7 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: cell_modules.GRUCell,
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_TORCH_TYPES: tuple[type[nn.Module], ...] = tuple(_OURS)
 
 
 def convert(model: nn.Module, backend: str = "auto") -> nn.Module:
@@ -44,7 +45,7 @@ def convert(model: nn.Module, backend: str = "auto") -> nn.Module:
     left = [
         f"{name or 'the model itself'} ({type(m).__module__}.{type(m).__qualname__})"
         for name, m in model.named_modules()
-        if isinstance(m, tuple(_OURS)) and _plain_type(m) not in _OURS
+        if isinstance(m, _TORCH_TYPES) and _plain_type(m) not in _OURS
     ]
     if left:
         warnings.warn(

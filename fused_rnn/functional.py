@@ -7,14 +7,13 @@ torch.nn, which then refuses it in its own words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from .backends import Problem, requested, select, torch_nn
@@ -131,50 +130,43 @@ def step(
         RuntimeError: as :func:`rnn`.
     """
     h, c = (None, None) if states is None else (states[0], states[-1])
-    if _is_plain(input, states, w):
-        run = _plain_step(
-            cell.name, input.dtype, input.device, input.shape, w.w_hh.size(1), requested(backend)
+    if _is_plain(input, states):
+        grad = needs_grad((input, *(states or ()), *w))
+        sizes = (*input.shape, w.w_hh.size(1))
+        chosen = _choose_step(
+            cell.name, input.dtype, input.device.type, sizes, grad, requested(backend)
         )
-        if run is not None:
+        if hasattr(chosen, "cell_step"):
             try:
-                return run(cell, input, h, c, *w[:4])[: cell.states]
+                return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
             except RuntimeError:
                 check_step(cell, input, states, w)
                 raise
     check_step(cell, input, states, w)
     problem = describe_step(cell, input, states, w)
     chosen = select(problem, requested(backend))
-    if not hasattr(chosen, "layer"):
+    if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
         return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
     _, final = _layer(chosen, cell, input.unsqueeze(0), states, w)
-    dtypes = result_dtypes(problem, input, states)
-    return tuple(map(cast, final, dtypes))
+    return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
 
-def _is_plain(input: Tensor, states: States | None, w: Weights) -> bool:
-    """Whether nothing watches the computation: no autograd, transform, tracer or autocast.
-
-    Then a cell's one step may go straight to a kernel, whose own checks suffice.
-    """
+def _is_plain(input: Tensor, states: States | None) -> bool:
+    """Whether a step may go straight to its kernel, whose own checks suffice outside of a tracer."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state()
         or torch._C._is_any_autocast_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
         or (states is not None and not input.dtype is states[0].dtype is states[-1].dtype)
-        or needs_grad((input, *(states or ()), *w))
     )
 
 
 @lru_cache(maxsize=1024)
-def _plain_step(
-    cell: str, dtype: torch.dtype, device: torch.device, shape: torch.Size, H: int, name: str
-) -> Callable[..., States] | None:
-    """The kernel for one step of this kind. Cached, because choosing takes longer than the step."""
-    N, I = shape  # noqa: E741
-    problem = Problem(cell, dtype, device.type, 0, N, I, H, 0, 1, 1, False, False, False)
-    return getattr(select(problem, name), "cell_step", None)
+def _choose_step(
+    cell: str, dtype: torch.dtype, device: str, sizes: tuple[int, int, int], grad: bool, name: str
+) -> ModuleType:
+    """The backend for such a step. Cached, because choosing takes longer than the step."""
+    return select(Problem(cell, dtype, device, 0, *sizes, 0, 1, 1, grad, False, False), name)
 
 
 def check_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> None:

@@ -113,7 +113,8 @@ class SequenceModule(RNNBase):
         for names in self._all_weights:
             read = [getattr(self, name) for name in names]
             w_hr = read.pop() if self.proj_size else None
-            weights.append(Weights(*read)._replace(w_hr=w_hr))
+            b_ih, b_hh = read[2:] or (None, None)
+            weights.append(Weights(read[0], read[1], b_ih, b_hh, w_hr))
         return weights
 
     @property

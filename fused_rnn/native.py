@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
@@ -12,7 +13,11 @@ from .cells import CELLS, carry_dtype
 _LIBRARY = Path(__file__).with_name("libfused_rnn_cpu.so")
 
 
+LIBRARY: ctypes.CDLL
+
+
 def _load() -> str | None:
+    global LIBRARY
     if not _LIBRARY.exists():
         return (
             f"{_LIBRARY.name} is not in this installation; install fused_rnn with a C++ compiler "
@@ -22,6 +27,9 @@ def _load() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"{_LIBRARY.name} does not load with torch {torch.__version__}: {error}"
+    LIBRARY = ctypes.CDLL(str(_LIBRARY))
+    LIBRARY.fused_rnn_cell.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 9
+    LIBRARY.fused_rnn_cell.restype = None
     return None
 
 

@@ -6,6 +6,7 @@
 #define FUSED_RNN_NAMESPACE FUSED_RNN_JOIN(fused_rnn_, FUSED_RNN_ISA)
 
 #include "backward.h"
+#include "cell.h"
 #include "forward.h"
 #include "step.h"
 
@@ -55,7 +56,8 @@ constexpr fused_rnn::Kernels kKernels = {
     {Steps<RnnTanh, T>::forward, Steps<RnnRelu, T>::forward, Steps<Lstm, T>::forward,
      Steps<Gru, T>::forward},
     {Steps<RnnTanh, T>::backward, Steps<RnnRelu, T>::backward, Steps<Lstm, T>::backward,
-     Steps<Gru, T>::backward}};
+     Steps<Gru, T>::backward},
+    {run_cell<RnnTanh, T>, run_cell<RnnRelu, T>, run_cell<Lstm, T>, run_cell<Gru, T>}};
 
 }  // namespace
 

@@ -29,6 +29,7 @@ struct Kernels {
   Loop<ForwardArgs> forward[kCellCount];
   Loop<BackwardArgs> backward[kCellCount];
   StepFunction step[kCellCount], step_backward[kCellCount];
+  void (*cell[kCellCount])(const CellArgs&);
 };
 
 enum Scalar : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kScalarCount = 4 };

@@ -154,6 +154,16 @@ StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTe
 }  // namespace
 }  // namespace fused_rnn
 
+// One step of a cell for a caller that has checked everything: contiguous CPU tensors of one dtype
+// and of the right sizes. Python calls it by address, because an op call costs more than the step.
+extern "C" __attribute__((visibility("default"))) void fused_rnn_cell(
+    int cell, int scalar, int64_t N, int64_t I, int64_t H, const void* x, const void* h,
+    const void* c, const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh,
+    void* h1, void* c1) {
+  fused_rnn::best_kernels(fused_rnn::Scalar(scalar))
+      .cell[cell]({N, I, H, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1});
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) {
   library.impl("layer", TORCH_BOX(&fused_rnn::layer_op));
   library.impl("layer_backward", TORCH_BOX(&fused_rnn::layer_backward_op));

@@ -67,6 +67,21 @@ struct Format<double> {
   static constexpr double kExpMax = 708.0, kTanhMax = 40.0;
 };
 
+// Sum of a vector's lanes: halves onto halves, down to 16 bytes.
+template <class A, int kBytes, class Raw>
+FUSED_RNN_FN A sum_lanes(Raw v) {
+  if constexpr (kBytes > 16) {
+    typedef A HalfRaw __attribute__((vector_size(kBytes / 2)));
+    HalfRaw halves[2];
+    memcpy(halves, &v, kBytes);
+    return sum_lanes<A, kBytes / 2>(halves[0] + halves[1]);
+  } else if constexpr (sizeof(A) == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    return v[0] + v[1];
+  }
+}
+
 template <class A>
 struct Vec {
   using Raw = typename Format<A>::Raw;
@@ -88,6 +103,8 @@ struct Vec {
   friend FUSED_RNN_FN Int operator<=(Vec a, Vec b) { return a.v <= b.v; }
   friend FUSED_RNN_FN Int operator>(Vec a, Vec b) { return a.v > b.v; }
   friend FUSED_RNN_FN Vec select(Int mask, Vec a, Vec b) { return mask ? a.v : b.v; }
+
+  FUSED_RNN_FN A total() const { return sum_lanes<A, kVectorBytes>(v); }
 
   // With a count below kWidth only the first lanes are touched, and the others load as zero.
   template <class T>
@@ -151,6 +168,11 @@ struct Vec {
     narrow_bits(value | ((bits >> 16) & 0x8000), &p->bits);
   }
 };
+
+template <class A, class T>
+FUSED_RNN_FN A widen_one(const T* p) {
+  return Vec<A>::load(p, 1).v[0];
+}
 
 // e^r - 1 by its Taylor series; with |r| <= ln(2)/2 what is cut off is below half an ulp. Pairs of
 // terms, then Horner in r^2: half the latency of Horner in r.

@@ -6,7 +6,8 @@ algorithm), and one or more of
 
 - ``layer(...)``: one layer in one direction over all steps;
 - ``stack(...)``: all layers and directions in one call;
-- ``cell_step(...)``: one step of one layer, with ``cell_grad`` saying whether it is differentiable.
+- ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
+  a ``layer``, which runs cells under autocast, it may count on one dtype.
 """
 
 from __future__ import annotations

@@ -19,7 +19,11 @@ __all__ = ["NAME", "available", "cell_step", "explain", "layer", "supports"]
 
 NAME = "cpu"
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# In the order of csrc/cpu/kernels.h.
+_SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_PLAIN = (Tensor, torch.nn.Parameter)
+# Up to here one pass over the weights beats two GEMMs and their calls.
+_SMALL_ROWS = 4
 _NOT_YET = ("h_mask", "keep")
 
 
@@ -30,7 +34,7 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on the CPU, and the input is on {problem.device}"
-    if problem.dtype not in _DTYPES:
+    if problem.dtype not in _SCALARS:
         return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
     missing = [option for option in problem.options if option in _NOT_YET]
     if missing:
@@ -56,3 +60,61 @@ def cell_step(
     if h is None:
         h = c = x.new_zeros(x.size(0), w_hh.size(1))
     return step(cell, linear(x, w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
+
+
+def small_step(
+    cell: Cell,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor | None] | None:
+    """:func:`cell_step` in one pass over the weights, for a few rows and no gradient.
+
+    The caller has made sure that nothing watches the computation. The kernel is called by address,
+    past the dispatcher, which takes longer than the step itself; so what it reads is checked here,
+    and ``None`` says that it is not plain contiguous memory of the right size.
+    """
+    n, size = x.shape
+    hidden = h.shape[1]
+    if n > _SMALL_ROWS or n == 0:
+        return None
+    dtype, gates = x.dtype, cell.gates * hidden
+    operands = (x, h, c, w_ih, w_hh, b_ih, b_hh)
+    shapes = (
+        (n, size),
+        (n, hidden),
+        (n, hidden),
+        (gates, size),
+        (gates, hidden),
+        (gates,),
+        (gates,),
+    )
+    pointers = []
+    for operand, shape in zip(operands, shapes, strict=True):
+        if operand is None:
+            pointers.append(None)
+        elif (
+            operand.shape == shape
+            and operand.dtype is dtype
+            and type(operand) in _PLAIN
+            and operand.is_contiguous()
+            and operand.is_cpu
+        ):
+            pointers.append(operand.data_ptr())
+        else:
+            return None
+    h1, c1 = torch.empty_like(h), None
+    if cell.states == 2:
+        c1 = torch.empty_like(h)
+        native.LIBRARY.fused_rnn_cell(
+            cell.id, _SCALARS[dtype], n, size, hidden, *pointers, h1.data_ptr(), c1.data_ptr()
+        )
+    else:
+        native.LIBRARY.fused_rnn_cell(
+            cell.id, _SCALARS[dtype], n, size, hidden, *pointers, h1.data_ptr(), None
+        )
+    return h1, c1
