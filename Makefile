@@ -44,7 +44,7 @@ clean:  ## remove what was built, and .venv
 	rm -rf .venv build fused_rnn.egg-info fused_rnn/*.so
 
 # $(call need,command,sentence): the sentence is printed when the command fails.
-need = @$(1) >/dev/null 2>&1 || { echo "fused_rnn: $(2)" >&2; exit 1; }
+need = @$(1) >/dev/null 2>&1 || { echo "fused_rnn: $(strip $(2))" >&2; exit 1; }
 
 .venv/installed: requirements-dev.txt
 	$(call need,command -v $(PYTHON),$(PYTHON) was not found: apt install python3)

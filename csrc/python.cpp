@@ -26,7 +26,10 @@ std::vector<std::string> instruction_sets() {
 
 std::map<std::string, bool> cpu_features() {
 #if defined(__x86_64__)
-#define FUSED_RNN_FEATURE(name) {name, bool(__builtin_cpu_supports(name))}
+#define FUSED_RNN_FEATURE(name)              \
+  {                                          \
+    name, bool(__builtin_cpu_supports(name)) \
+  }
   return {FUSED_RNN_FEATURE("avx2"),     FUSED_RNN_FEATURE("fma"),
           FUSED_RNN_FEATURE("avx512f"),  FUSED_RNN_FEATURE("avx512bw"),
           FUSED_RNN_FEATURE("avx512dq"), FUSED_RNN_FEATURE("avx512vl")};

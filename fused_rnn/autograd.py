@@ -6,21 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .backends import reference
 from .cells import Cell
 
 ops = torch.ops.fused_rnn
 
-# Inputs of _Layer that may need a gradient, in order, behind the cell and the direction.
-_TENSORS = ("gx", "w_hh", "b_hh", "h0", "c0", "w_hr")
-
 
 class _Layer(torch.autograd.Function):
-    """One layer in one direction. The inputs after ``reverse`` are _TENSORS, control, rows."""
+    """One layer in one direction, with the input's product where ``w_ih`` is given.
+
+    The product is inside so that nothing keeps ``gx``: backward needs ``x`` and ``w_ih``, which
+    live on anyway.
+    """
 
     @staticmethod
-    def forward(cell: Cell, reverse: bool, gx, w_hh, b_hh, h0, c0, w_hr, control, rows):  # type: ignore[override]
+    def forward(cell: Cell, reverse: bool, control, rows, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr):  # type: ignore[override]
+        gx = x if w_ih is None else linear(x, w_ih, b_ih)
         return ops.layer(
             cell.id, gx, w_hh, b_hh, h0, c0, reverse, True, control, rows, w_hr, None, None
         )
@@ -35,31 +38,37 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh, dc, dh_n, dc_n, _):  # type: ignore[override]
-        *inputs, h, c, saved = ctx.saved_tensors
+        control, rows, *inputs, h, c, saved = ctx.saved_tensors
+        loop = {"reverse": ctx.reverse, "control": control, "rows": rows}
+        grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[4:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            run = _differentiable_backward
-            arguments = (inputs, (dh, dc, dh_n, dc_n), ctx.needs_input_grad[2:8])
+            found = _differentiable_backward(ctx.cell, inputs, grads, needs, loop)
         else:
-            run = _backward
-            arguments = (inputs, (dh, dc, dh_n, dc_n), (h, c, saved), ctx.needs_input_grad[2:8])
-        return None, None, *run(ctx.cell, ctx.reverse, *arguments), None, None
+            found = _backward(ctx.cell, inputs, grads, (h, c, saved), needs, loop)
+        return None, None, None, None, *found
 
 
-def _backward(cell: Cell, reverse: bool, inputs, grads, kept, needs) -> tuple[Tensor | None, ...]:
-    gx, w_hh, b_hh, h0, c0, w_hr, control, rows = inputs
+def _backward(cell: Cell, inputs, grads, kept, needs, loop) -> tuple[Tensor | None, ...]:
+    x, w_ih, _, w_hh, _, h0, c0, w_hr = inputs
     h, c, saved = kept
+    reverse, control, rows = loop.values()
     dgx, dgh, dh0, dc0, h_in, dh_total = ops.layer_backward(
         cell.id, *grads, h, c, saved, w_hh, h0, c0, reverse, control, rows, w_hr, None, None
     )
     if cell.folds_bias:
         dgh = dgx
+    dx = dgx
+    if w_ih is not None and needs[0]:
+        dx = dgx @ w_ih
     return (
-        dgx if needs[0] else None,
-        _recurrent_weight_grad(dgh, h, h0, h_in, reverse) if needs[1] else None,
-        dgh.flatten(0, -2).sum(0) if needs[2] else None,
-        dh0.to(h0.dtype) if needs[3] else None,
-        dc0.to(c0.dtype) if needs[4] else None,
-        _projection_grad(dh_total, c, saved) if needs[5] else None,
+        dx if needs[0] else None,
+        dgx.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None,
+        dgx.flatten(0, -2).sum(0) if needs[2] else None,
+        _recurrent_weight_grad(dgh, h, h0, h_in, reverse) if needs[3] else None,
+        dgh.flatten(0, -2).sum(0) if needs[4] else None,
+        dh0.to(h0.dtype) if needs[5] else None,
+        dc0.to(c0.dtype) if needs[6] else None,
+        _projection_grad(dh_total, c, saved) if needs[7] else None,
     )
 
 
@@ -82,18 +91,18 @@ def _projection_grad(dh_total: Tensor, c: Tensor, saved: Tensor) -> Tensor:
     return dh_total.flatten(0, -2).T @ unprojected.flatten(0, -2)
 
 
-def _differentiable_backward(cell: Cell, reverse: bool, inputs, grads, needs):
+def _differentiable_backward(cell: Cell, inputs, grads, needs, loop):
     """The same gradients as a graph, for a second derivative: from the reference's own graph.
 
     Differentiated are aliases of the inputs, so that an input computed from another one does not
     count twice.
     """
-    *tensors, control, rows = (x if x is None else x.view_as(x) for x in inputs)
-    gx, w_hh, b_hh, h0, c0, w_hr = tensors
+    aliases = [x if x is None else x.view_as(x) for x in inputs]
+    x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = aliases
     outputs = reference.layer(
-        cell, gx, w_hh, b_hh, h0, c0, reverse=reverse, control=control, rows=rows, w_hr=w_hr
+        cell, x, w_hh, b_hh, h0, c0, w_ih=w_ih, b_ih=b_ih, w_hr=w_hr, **loop
     )
-    return _gradients(outputs, grads, tensors, needs)
+    return _gradients(outputs, grads, aliases, needs)
 
 
 class _Step(torch.autograd.Function):
@@ -161,12 +170,14 @@ def step(
 
 def layer(
     cell: Cell,
-    gx: Tensor,
+    x: Tensor,
     w_hh: Tensor,
     b_hh: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
     *,
+    w_ih: Tensor | None = None,
+    b_ih: Tensor | None = None,
     reverse: bool = False,
     control: Tensor | None = None,
     rows: Tensor | None = None,
@@ -174,14 +185,18 @@ def layer(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
 
+    Args:
+        x: the layer's input ``[T,N,I]``, or without ``w_ih`` its product ``gx`` ``[T,N,G*H]``.
+
     Returns:
         ``h, c, h_n, c_n``. ``c`` is ``None`` for cells without one, and where no gradient is
         needed, since nothing then keeps the cell states.
     """
-    tensors = (gx, w_hh, b_hh, h0, c0, w_hr)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        h, c, h_n, c_n, _ = _Layer.apply(cell, reverse, *tensors, control, rows)
+    tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        h, c, h_n, c_n, _ = _Layer.apply(cell, reverse, control, rows, *tensors)
     else:
+        gx = x if w_ih is None else linear(x, w_ih, b_ih)
         h, c, h_n, c_n, _ = ops.layer(
             cell.id, gx, w_hh, b_hh, h0, c0, reverse, False, control, rows, w_hr, None, None
         )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from .backends import Problem, requested, select, torch_nn
@@ -129,35 +130,53 @@ def step(
     Raises:
         RuntimeError: as :func:`rnn`.
     """
-    h, c = (None, None) if states is None else (states[0], states[-1])
+    if states is None:
+        states = (input.new_zeros(input.size(0), w.w_hh.size(1)),) * cell.states
+    h, c = states if cell.states == 2 else (states[0], None)
     if _is_plain(input, states):
-        grad = needs_grad((input, *(states or ()), *w))
+        grad = needs_grad((input, *states, *w))
         sizes = (*input.shape, w.w_hh.size(1))
         chosen = _choose_step(
             cell.name, input.dtype, input.device.type, sizes, grad, requested(backend)
         )
-        if hasattr(chosen, "cell_step"):
-            try:
+        try:
+            if not grad and hasattr(chosen, "small_step") and _is_unwatched():
+                stepped = chosen.small_step(cell, input, h, c, *w[:4])
+                if stepped is not None:
+                    return stepped[: cell.states]
+            if hasattr(chosen, "cell_step"):
                 return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
-            except RuntimeError:
-                check_step(cell, input, states, w)
-                raise
+        except (RuntimeError, IndexError):
+            check_step(cell, input, states, w)
+            raise
     check_step(cell, input, states, w)
+    if c is h:
+        c = h.view_as(h)  # dynamo refuses a tensor that is two arguments of a Function
     problem = describe_step(cell, input, states, w)
     chosen = select(problem, requested(backend))
     if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
         return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
-    _, final = _layer(chosen, cell, input.unsqueeze(0), states, w)
+    _, final = _layer(chosen, cell, input.unsqueeze(0), (h, c)[: cell.states], w)
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
 
-def _is_plain(input: Tensor, states: States | None) -> bool:
-    """Whether a step may go straight to its kernel, whose own checks suffice outside of a tracer."""
+def _is_plain(input: Tensor, states: States) -> bool:
+    """Whether a step may go straight to its kernel, whose own checks then suffice."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state()
         or torch._C._is_any_autocast_enabled()
-        or (states is not None and not input.dtype is states[0].dtype is states[-1].dtype)
+        or not input.dtype is states[0].dtype is states[-1].dtype
+    )
+
+
+def _is_unwatched() -> bool:
+    """Whether no transform, forward-mode derivative or mode has to see each operation."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
     )
 
 
@@ -169,12 +188,12 @@ def _choose_step(
     return select(Problem(cell, dtype, device, 0, *sizes, 0, 1, 1, grad, False, False), name)
 
 
-def check_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> None:
+def check_step(cell: Cell, input: Tensor, states: States, w: Weights) -> None:
     """Refuse what torch.nn's cells refuse, in the same words."""
     (n, size), (_, expected), hidden = input.shape, w.w_ih.shape, w.w_hh.size(1)
     if size != expected:
         raise RuntimeError(f"input has inconsistent input_size: got {size} expected {expected}")
-    for k, state in enumerate(states or ()):
+    for k, state in enumerate(states):
         if state.size(0) != n:
             raise RuntimeError(
                 f"Input batch size {n} doesn't match hidden{k} batch size {state.size(0)}"
@@ -183,9 +202,8 @@ def check_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> 
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}"
             )
-    if not agree(input, (*(states or ()), *(x for x in w if x is not None))):
-        h, c = (None, None) if states is None else (states[0], states[-1])
-        torch_nn.cell_step(cell, input, h, c, *w[:4])
+    if not agree(input, (*states, *(x for x in w if x is not None))):
+        torch_nn.cell_step(cell, input, states[0], states[-1], *w[:4])
 
 
 def _layer(
@@ -198,22 +216,30 @@ def _layer(
     reverse: bool = False,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, States]:
-    """One layer in one direction: the input's product for all steps in one GEMM, then the loop."""
-    bias, b_hh = w.b_ih, w.b_hh
-    if cell.folds_bias and bias is not None and b_hh is not None:
-        bias, b_hh = bias + b_hh, None
-    gx = linear(input, w.w_ih, bias)
-    # Under autocast the GEMM decides the dtype, and what the loop reads follows it.
-    w_hh, b_hh, w_hr = (None if x is None else cast(x, gx.dtype) for x in (w.w_hh, b_hh, w.w_hr))
+    """One layer in one direction, in the dtype that autocast gives its GEMMs."""
+    dtype = autocast_dtype(input) or input.dtype
+    w = Weights(*(None if x is None else cast(x, dtype) for x in w))  # type: ignore[arg-type]
+    b_ih, b_hh = w.b_ih, w.b_hh
+    if cell.folds_bias and b_ih is not None and b_hh is not None:
+        # The loop adds a bias for nothing, a GEMM first writes it to all of its output.
+        b_ih, b_hh = None, b_ih + b_hh
     h0 = c0 = None
     if states is not None:
-        kept = (gx.dtype, carry_dtype(gx.dtype))
+        kept = (dtype, carry_dtype(dtype))
         h0, *c0s = (s if s.dtype in kept else s.to(kept[1]) for s in states)
         c0 = c0s[0] if c0s else None
-        if c0 is h0 and c0 is not None:
-            c0 = c0.view_as(c0)  # dynamo refuses a tensor that is two arguments of a Function
     h, _, h_n, c_n = chosen.layer(
-        cell, gx, w_hh, b_hh, h0, c0, reverse=reverse, rows=rows, w_hr=w_hr
+        cell,
+        cast(input, dtype),
+        w.w_hh,
+        b_hh,
+        h0,
+        c0,
+        w_ih=w.w_ih,
+        b_ih=b_ih,
+        reverse=reverse,
+        rows=rows,
+        w_hr=w.w_hr,
     )
     return h, (h_n,) if c_n is None else (h_n, c_n)
 

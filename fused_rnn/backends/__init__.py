@@ -7,7 +7,9 @@ algorithm), and one or more of
 - ``layer(...)``: one layer in one direction over all steps;
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
-  a ``layer``, which runs cells under autocast, it may count on one dtype.
+  a ``layer``, which runs cells under autocast, it may count on one dtype;
+- ``small_step(...)``: the same where nothing watches the computation, or ``None`` for "not this
+  one".
 """
 
 from __future__ import annotations

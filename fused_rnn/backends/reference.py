@@ -31,12 +31,14 @@ def explain(problem: Problem) -> str:
 
 def layer(
     cell: Cell,
-    gx: Tensor,
+    x: Tensor,
     w_hh: Tensor,
     b_hh: Tensor | None = None,
     h0: Tensor | None = None,
     c0: Tensor | None = None,
     *,
+    w_ih: Tensor | None = None,
+    b_ih: Tensor | None = None,
     reverse: bool = False,
     control: Tensor | None = None,
     rows: Tensor | None = None,
@@ -44,8 +46,11 @@ def layer(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
 
+    ``x`` is the layer's input, or without ``w_ih`` its product ``gx``.
+
     The half types are computed in float32 and rounded once, in the visible output.
     """
+    gx = x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
     steps, batch = (gx if rows is None else rows).shape[:2]
     carry = carry_dtype(gx.dtype)
     x, w, b = gx.to(carry), w_hh.to(carry), None if b_hh is None else b_hh.to(carry)

@@ -73,7 +73,7 @@ def stack(
 def cell_step(
     cell: Cell,
     x: Tensor,
-    h: Tensor | None,
+    h: Tensor,
     c: Tensor | None,
     w_ih: Tensor,
     w_hh: Tensor,
@@ -81,8 +81,6 @@ def cell_step(
     b_hh: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """One step of one layer: the next ``(h, c)``; ``c`` is ``None`` but for the LSTM."""
-    if h is None:
-        h = c = x.new_zeros(x.size(0), w_hh.size(1))
     hx = (h, c) if cell.states == 2 else h
     result = _STEPS[cell.name](x, hx, w_ih, w_hh, b_ih, b_hh)
     return result if cell.states == 2 else (result, None)

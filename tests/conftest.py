@@ -1,0 +1,41 @@
+"""What every test runs under: one seed, one thread, and the grids that ``--full`` completes."""
+
+import random
+
+import hypothesis
+import numerics
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="run the complete grids; without it a subset that holds every pair of values",
+    )
+    parser.addoption(
+        "--seed", type=int, default=0, help="seed of all random data (default: 0)", metavar="N"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any test module is imported: their decorators ask for the grids.
+    numerics.FULL = config.getoption("full")
+    hypothesis.settings.register_profile(
+        "fused_rnn",
+        max_examples=400 if numerics.FULL else 40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+    )
+    hypothesis.settings.load_profile("fused_rnn")
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_one_thread(request: pytest.FixtureRequest) -> None:
+    """Small tensors are fastest on one thread; tests about threads set their own number."""
+    seed = request.config.getoption("seed")
+    random.seed(seed)
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
