@@ -15,6 +15,13 @@ constexpr const char* kLayerSchema =
     "bool save, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, Tensor? keep) "
     "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)";
 
+// layer() with save, where what is saved takes the place of gx: of the same size, it needs no
+// memory of its own. Only for a cell that saves as many values as it has gates.
+constexpr const char* kLayerInPlaceSchema =
+    "layer_(int cell, Tensor(a!) gx, Tensor w_hh, Tensor? b_hh, Tensor? h0, Tensor? c0, "
+    "bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, Tensor? keep) "
+    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n)";
+
 constexpr const char* kLayerBackwardSchema =
     "layer_backward(int cell, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor h, "
     "Tensor c, Tensor saved, Tensor w_hh, Tensor? h0, Tensor? c0, bool reverse, Tensor? control, "
@@ -175,7 +182,7 @@ struct Problem {
 
 ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, const Tensor& w_hh,
                         const OptionalTensor& b_hh, const OptionalTensor& h0,
-                        const OptionalTensor& c0, bool reverse, bool save,
+                        const OptionalTensor& c0, bool reverse, Save save,
                         const Options& options) {
   Problem p(cell, gx, w_hh, reverse, options);
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
@@ -183,24 +190,28 @@ ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, co
   const Operands operands(gx);
 
   const Tensor h = allocate(gx, p.rows_of(R), p.io);
-  const Tensor c = allocate(gx, has_c && save ? p.rows_of(H) : Shape{0}, p.io);
+  const Tensor c = allocate(gx, has_c && save != Save::kNothing ? p.rows_of(H) : Shape{0}, p.io);
   const Tensor h_n = allocate(gx, {N, R}, p.carry);
   const Tensor c_n = allocate(gx, has_c ? Shape{N, H} : Shape{0}, p.carry);
+  const bool saves = save != Save::kNothing, in_place = save == Save::kInPlaceOfGx;
+  STD_TORCH_CHECK(!in_place || (p.cell.saved == p.cell.gates && gx.is_contiguous()),
+                  "fused_rnn: layer_ needs a contiguous gx, and a cell that saves all its gates");
   const Tensor saved =
-      allocate(gx, save && p.cell.saved ? p.rows_of(p.cell.saved * H) : Shape{0}, p.io);
+      in_place ? gx
+               : allocate(gx, saves && p.cell.saved ? p.rows_of(p.cell.saved * H) : Shape{0}, p.io);
 
   ForwardArgs args{};
   static_cast<Layer&>(args) = p.layer;
-  args.save = save;
+  args.save = saves;
   args.gx = p.hold(operands.get("gx", gx, p.rows_of(p.cell.gates * H), p.io));
   args.b_hh = p.hold(operands.get("b_hh", b_hh, {p.cell.gates * H}, p.io));
   args.h0 = p.hold(operands.get("h0", h0, {N, R}, p.carry));
   args.c0 = has_c ? p.hold(operands.get("c0", c0, {N, H}, p.carry)) : nullptr;
   args.h = h.mutable_data_ptr();
-  args.c = has_c && save ? c.mutable_data_ptr() : nullptr;
+  args.c = has_c && saves ? c.mutable_data_ptr() : nullptr;
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = has_c ? c_n.mutable_data_ptr() : nullptr;
-  args.saved = save && p.cell.saved ? saved.mutable_data_ptr() : nullptr;
+  args.saved = saves && p.cell.saved ? saved.mutable_data_ptr() : nullptr;
   if (N > 0 && p.layer.T > 0) device.forward(args, p.io);
   return {h, c, h_n, c_n, saved};
 }
@@ -314,6 +325,7 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
 
 STABLE_TORCH_LIBRARY(fused_rnn, library) {
   library.def(fused_rnn::kLayerSchema);
+  library.def(fused_rnn::kLayerInPlaceSchema);
   library.def(fused_rnn::kLayerBackwardSchema);
   library.def(fused_rnn::kStepSchema);
   library.def(fused_rnn::kStepBackwardSchema);

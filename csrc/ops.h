@@ -30,9 +30,11 @@ struct Options {
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+enum class Save { kNothing, kInNewMemory, kInPlaceOfGx };
+
 ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, const Tensor& w_hh,
                         const OptionalTensor& b_hh, const OptionalTensor& h0,
-                        const OptionalTensor& c0, bool reverse, bool save, const Options& options);
+                        const OptionalTensor& c0, bool reverse, Save save, const Options& options);
 
 // dL/d of what forward returned.
 struct OutputGradients {

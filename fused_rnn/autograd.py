@@ -23,10 +23,14 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(cell: Cell, reverse: bool, control, rows, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr):  # type: ignore[override]
-        gx = x if w_ih is None else linear(x, w_ih, b_ih)
-        return ops.layer(
-            cell.id, gx, w_hh, b_hh, h0, c0, reverse, True, control, rows, w_hr, None, None
-        )
+        options = (control, rows, w_hr, None, None)
+        if w_ih is None:
+            return ops.layer(cell.id, x, w_hh, b_hh, h0, c0, reverse, True, *options)
+        gx = linear(x, w_ih, b_ih)
+        if cell.saved == cell.gates and not torch.compiler.is_compiling():
+            # gx is ours alone; a compiler sees to its memory itself.
+            return *ops.layer_(cell.id, gx, w_hh, b_hh, h0, c0, reverse, *options), gx
+        return ops.layer(cell.id, gx, w_hh, b_hh, h0, c0, reverse, True, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

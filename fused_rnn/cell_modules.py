@@ -41,14 +41,22 @@ class CellModule(RNNCellBase):
         raise NotImplementedError
 
     def _weights(self) -> Weights:
-        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        try:
+            # Where Module.__getattr__ would find them, at a quarter of its time.
+            p: Any = self._parameters
+            return Weights(p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"])
+        except KeyError:
+            return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+
+    def _step(self, input: Tensor, states: States | None) -> States:
+        return functional.step(self._cell, input, states, self._weights(), self.backend)
 
     def _forward(self, input: Tensor, states: States | None) -> States:
-        """One step on batched or unbatched input; ``states`` are named in torch.nn's sentences."""
+        """One step on batched or unbatched input."""
         if input.dim() == 2:
-            return functional.step(self._cell, input, states, self._weights(), self.backend)
+            return self._step(input, states)
         states = None if states is None else tuple(s.unsqueeze(0) for s in states)
-        return tuple(s.squeeze(0) for s in self._forward(input.unsqueeze(0), states))
+        return tuple(s.squeeze(0) for s in self._step(input.unsqueeze(0), states))
 
     def _check_dim(self, what: str, tensor: Tensor) -> None:
         if tensor.dim() not in (1, 2):
@@ -62,6 +70,8 @@ class _OneStateCell(CellModule):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
+        if type(input) is type(hx) is Tensor and input.dim() == hx.dim() == 2:
+            return self._step(input, (hx,))[0]  # the common case, at once
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)
         self._check_dim("input", input)
@@ -151,6 +161,9 @@ class LSTMCell(CellModule):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
+        pair = type(input) is Tensor and type(hx) is tuple and len(hx) == 2
+        if pair and input.dim() == hx[0].dim() == hx[1].dim() == 2:
+            return self._step(input, hx)  # the common case, at once
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)
         self._check_dim("input", input)

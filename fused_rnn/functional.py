@@ -7,15 +7,14 @@ torch.nn, which then refuses it in its own words.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.functional import linear
 
 from .backends import Problem, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
@@ -135,17 +134,17 @@ def step(
     h, c = states if cell.states == 2 else (states[0], None)
     if _is_plain(input, states):
         grad = needs_grad((input, *states, *w))
-        sizes = (*input.shape, w.w_hh.size(1))
-        chosen = _choose_step(
-            cell.name, input.dtype, input.device.type, sizes, grad, requested(backend)
+        shapes = (input.shape, w.w_hh.shape)
+        small_step, cell_step = _step_kernels(
+            cell.name, input.dtype, input.device, shapes, grad, requested(backend)
         )
         try:
-            if not grad and hasattr(chosen, "small_step") and _is_unwatched():
-                stepped = chosen.small_step(cell, input, h, c, *w[:4])
+            if small_step is not None and not grad:
+                stepped = small_step(cell, input, h, c, *w[:4])
                 if stepped is not None:
                     return stepped[: cell.states]
-            if hasattr(chosen, "cell_step"):
-                return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
+            if cell_step is not None:
+                return cell_step(cell, input, h, c, *w[:4])[: cell.states]
         except (RuntimeError, IndexError):
             check_step(cell, input, states, w)
             raise
@@ -156,36 +155,44 @@ def step(
     chosen = select(problem, requested(backend))
     if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
         return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
-    _, final = _layer(chosen, cell, input.unsqueeze(0), (h, c)[: cell.states], w)
+    _, final = _layer(chosen, cell, input.unsqueeze(0), (h,) if c is None else (h, c), w)
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
 
 def _is_plain(input: Tensor, states: States) -> bool:
-    """Whether a step may go straight to its kernel, whose own checks then suffice."""
+    """Whether nothing but autograd has to see each operation: no tracer, transform or autocast.
+
+    A step may then go straight to its kernel, whose own checks suffice.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state()
         or torch._C._is_any_autocast_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or forward_ad._current_level >= 0
         or not input.dtype is states[0].dtype is states[-1].dtype
     )
 
 
-def _is_unwatched() -> bool:
-    """Whether no transform, forward-mode derivative or mode has to see each operation."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-    )
-
-
 @lru_cache(maxsize=1024)
-def _choose_step(
-    cell: str, dtype: torch.dtype, device: str, sizes: tuple[int, int, int], grad: bool, name: str
-) -> ModuleType:
-    """The backend for such a step. Cached, because choosing takes longer than the step."""
-    return select(Problem(cell, dtype, device, 0, *sizes, 0, 1, 1, grad, False, False), name)
+def _step_kernels(
+    cell: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    shapes: tuple[torch.Size, torch.Size],
+    grad: bool,
+    name: str,
+) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
+    """The chosen backend's ``small_step`` and ``cell_step``.
+
+    Cached, because choosing takes longer than the step.
+    """
+    (N, I), (_, H) = shapes  # noqa: E741
+    problem = Problem(cell, dtype, device.type, 0, N, I, H, 0, 1, 1, grad, False, False)
+    chosen = select(problem, name)
+    return getattr(chosen, "small_step", None), getattr(chosen, "cell_step", None)
 
 
 def check_step(cell: Cell, input: Tensor, states: States, w: Weights) -> None:
@@ -222,7 +229,8 @@ def _layer(
     b_ih, b_hh = w.b_ih, w.b_hh
     if cell.folds_bias and b_ih is not None and b_hh is not None:
         # The loop adds a bias for nothing, a GEMM first writes it to all of its output.
-        b_ih, b_hh = None, b_ih + b_hh
+        b_hh = b_ih + b_hh
+        b_ih = None
     h0 = c0 = None
     if states is not None:
         kept = (dtype, carry_dtype(dtype))

@@ -56,6 +56,10 @@ def _fake_layer(
     )
 
 
+def _fake_layer_in_place(cell, gx, w_hh, b_hh, h0, c0, reverse, *options) -> tuple[Tensor, ...]:
+    return _fake_layer(cell, gx, w_hh, b_hh, h0, c0, reverse, True, *options)[:4]
+
+
 def _fake_layer_backward(
     cell,
     dh,
@@ -115,6 +119,7 @@ def _fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ..
 
 if UNAVAILABLE is None:
     torch.library.register_fake("fused_rnn::layer", _fake_layer)
+    torch.library.register_fake("fused_rnn::layer_", _fake_layer_in_place)
     torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
     torch.library.register_fake("fused_rnn::step", _fake_step)
     torch.library.register_fake("fused_rnn::step_backward", _fake_step_backward)

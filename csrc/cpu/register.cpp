@@ -127,8 +127,19 @@ ForwardResult layer_op(int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh
                     OptionalTensor c0, bool reverse, bool save, OptionalTensor control,
                     OptionalTensor rows, OptionalTensor w_hr, OptionalTensor h_mask,
                     OptionalTensor keep) {
-  return run_layer(kCpu, cell, gx, w_hh, b_hh, h0, c0, reverse, save,
+  return run_layer(kCpu, cell, gx, w_hh, b_hh, h0, c0, reverse,
+                   save ? Save::kInNewMemory : Save::kNothing,
                    {control, rows, w_hr, h_mask, keep});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_in_place_op(
+    int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0,
+    OptionalTensor c0, bool reverse, OptionalTensor control, OptionalTensor rows,
+    OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
+  auto [h, c, h_n, c_n, saved] = run_layer(kCpu, cell, gx, w_hh, b_hh, h0, c0, reverse,
+                                           Save::kInPlaceOfGx,
+                                           {control, rows, w_hr, h_mask, keep});
+  return {h, c, h_n, c_n};
 }
 
 BackwardResult layer_backward_op(int64_t cell, OptionalTensor dh, OptionalTensor dc,
@@ -166,6 +177,7 @@ extern "C" __attribute__((visibility("default"))) void fused_rnn_cell(
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) {
   library.impl("layer", TORCH_BOX(&fused_rnn::layer_op));
+  library.impl("layer_", TORCH_BOX(&fused_rnn::layer_in_place_op));
   library.impl("layer_backward", TORCH_BOX(&fused_rnn::layer_backward_op));
   library.impl("step", TORCH_BOX(&fused_rnn::step_op));
   library.impl("step_backward", TORCH_BOX(&fused_rnn::step_backward_op));

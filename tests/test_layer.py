@@ -1,0 +1,315 @@
+"""One layer in one direction on the native kernels, against torch's cells and the reference."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import CLEAR, HOLD, check, make_problem, oracle_layer, run, torch_layer
+from numerics import DTYPES, HALF, assert_as_good_as, cases, needs_native
+
+from fused_rnn.autograd import layer
+from fused_rnn.cells import CELLS, carry_dtype
+
+pytestmark = [pytest.mark.op, needs_native]
+
+ops = torch.ops.fused_rnn
+
+# T, N, H: ones, sizes that no vector divides, more rows than are multiplied at a time (24), a
+# product longer than a slice of the weights.
+SHAPES = ((1, 1, 1), (1, 3, 25), (7, 1, 31), (5, 4, 33), (3, 2, 60), (4, 9, 130), (33, 26, 8))
+ROWS = ("", "packed", "scattered")
+
+
+def projects(cell, P, shape=(1, 1, 33), **_):
+    """Only the LSTM has a projection, to fewer than H."""
+    return not P or (cell == "lstm" and shape[2] > P)
+
+
+@cases(
+    projects,
+    cell=CELLS,
+    dtype=DTYPES,
+    shape=SHAPES,
+    P=(0, 1, 19),
+    reverse=(False, True),
+    control=(False, True),
+    rows=ROWS,
+    states=(False, True),
+    bias=(False, True),
+    product=(False, True),
+)
+def test_outputs_and_gradients(case):
+    check(layer, make_problem(**case))
+
+
+@cases(
+    projects,
+    cell=CELLS,
+    shape=SHAPES[:4],
+    P=(0, 1, 19),
+    reverse=(False, True),
+    control=(False, True),
+    rows=ROWS,
+    states=(False, True),
+)
+def test_the_oracle_does_what_torchs_cells_do(case):
+    problem = make_problem(dtype=torch.float64, **case)
+    torchs, oracle = run(torch_layer, problem), run(oracle_layer, problem)
+    for name, expected in oracle.items():
+        what = f"{name} of {problem}, torch's cells and the reference"
+        # The oracle against itself: what torch does must be within rounding.
+        assert_as_good_as(
+            torchs[name], expected, expected, what, length=problem.length, scale=1.0
+        )
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@grid(projects, cell=CELLS, shape=((9, 3, 33), (4, 2, 130)), P=(0, 19), control=(False, True))
+def test_half_types_are_rounded_once(cell, dtype, shape, P, control):
+    """Products, gates and carried states are float32: only what is stored is rounded."""
+    problem = make_problem(cell, dtype, shape, P=P, control=control)
+    ours = run(layer, problem)
+    oracle = run(oracle_layer, problem.to(torch.float64))
+    half_ulp = torch.finfo(dtype).eps / 2
+    for name in problem.grads:
+        assert ours[name].dtype == (carry_dtype(dtype) if name.endswith("_n") else dtype)
+        relative = 0.0 if name.endswith("_n") else half_ulp
+        # float32's own error at these sizes, far below a unit of the half types.
+        allowed = relative * oracle[name].abs() + 1e-5 * oracle[name].abs().max().clamp(min=1)
+        # Below the smallest normal number a unit stops shrinking.
+        allowed += relative * torch.finfo(dtype).smallest_normal
+        excess = ((ours[name].double() - oracle[name]).abs() - allowed).max().item()
+        assert excess <= 0, f"{name} of {problem}: {dtype}, {excess} above one rounding"
+
+
+@grid(
+    projects,
+    cell=CELLS,
+    dtype=DTYPES,
+    P=(0, 19),
+    reverse=(False, True),
+    control=(False, True),
+    shape=((9, 3, 33), (8, 1, 60)),
+)
+def test_a_run_cut_into_chunks_equals_the_whole_bit_for_bit(
+    cell, dtype, shape, P, reverse, control
+):
+    whole = make_problem(cell, dtype, shape, P=P, reverse=reverse, control=control)
+    cut = 4
+    pieces = [slice(0, cut), slice(cut, None)]
+    first, last = reversed(pieces) if reverse else pieces
+
+    def part(piece, h0, c0):
+        options = whole.options | ({"control": whole.options["control"][piece]} if control else {})
+        x = whole.operands["x"][piece].detach().requires_grad_()
+        keywords = {"w_hr": whole.operands["w_hr"]} | options
+        weights = (whole.operands["w_hh"], whole.operands["b_hh"])
+        return x, layer(whole.cell, x, *weights, h0, c0, **keywords)
+
+    xs, results = {}, {}
+    h0, c0 = whole.operands["h0"], whole.operands["c0"]
+    for piece in (first, last):
+        xs[piece.start], results[piece.start] = part(piece, h0, c0)
+        h0, c0 = results[piece.start][2:]
+    expected = run(layer, whole)
+    joined = {
+        "h": torch.cat([results[0][0], results[cut][0]]),
+        "h_n": results[last.start][2],
+    }
+    if whole.cell.states == 2:
+        joined |= {
+            "c": torch.cat([results[0][1], results[cut][1]]),
+            "c_n": results[last.start][3],
+        }
+    grads = [whole.grads[name].to(x.dtype) for name, x in joined.items()]
+    torch.autograd.backward(list(joined.values()), grads)
+    for name, value in joined.items():
+        assert torch.equal(value, expected[name]), f"{name} of {whole}: {dtype}"
+    dx = torch.cat([xs[0].grad, xs[cut].grad])
+    assert torch.equal(dx, expected["dx"]), f"dx of {whole}: {dtype}"
+
+
+@grid(cell=CELLS, dtype=DTYPES, save=(False, True))
+def test_holding_carries_the_state_and_shows_zeros(cell, dtype, save):
+    problem = make_problem(cell, dtype, (5, 4, 25))
+    control = torch.zeros(5, 4, dtype=torch.uint8)
+    control[:, 1] = HOLD | CLEAR
+    problem.options["control"] = control
+    h, c, h_n, c_n, _ = ops.layer(*problem.op_arguments(save=save))
+    assert not h[:, 1].any()
+    assert torch.equal(h_n[1], problem.operands["h0"][1].to(h_n.dtype))
+    assert h[:, 0].all() or cell == "rnn_relu"
+    if c.numel():
+        assert not c[:, 1].any()
+    if c_n.numel():
+        assert torch.equal(c_n[1], problem.operands["c0"][1].to(c_n.dtype))
+
+
+@grid(projects, cell=CELLS, dtype=DTYPES, P=(0, 19))
+def test_rows_are_control_in_another_order(cell, dtype, P):
+    """Compact rows and padding that holds are the same run."""
+    compact = make_problem(cell, dtype, (6, 5, 33), P=P, rows="scattered")
+    rows = compact.options["rows"]
+    live, at = rows >= 0, rows.clamp(min=0).long()
+    padded = replace(
+        compact,
+        operands=compact.operands | {"x": compact.operands["x"][at]},
+        grads=compact.grads | {k: compact.grads[k][at] for k in compact.grads.keys() & {"h", "c"}},
+        options={"reverse": False, "control": HOLD * (~live).byte()},
+    )
+    ours, other = run(layer, compact), run(layer, padded)
+    for name in ("h", "dx", *(("c",) if compact.cell.states == 2 else ())):
+        assert torch.equal(ours[name][at[live]], other[name][live]), f"{name} of {compact}"
+        assert not other[name][~live].any()
+    for name in ("h_n", "dh0"):
+        assert torch.equal(ours[name], other[name]), f"{name} of {compact}"
+
+
+@grid(cell=CELLS, dtype=DTYPES, reverse=(False, True))
+def test_all_steps_may_hold(cell, dtype, reverse):
+    problem = make_problem(cell, dtype, (3, 2, 25), reverse=reverse)
+    problem.operands["x"] = problem.operands["x"][0, :0]
+    problem.options["rows"] = torch.full((3, 2), -1, dtype=torch.int32)
+    for name in ("h", "c"):
+        if name in problem.grads:
+            problem.grads[name] = problem.grads[name][0, :0]
+    ours = run(layer, problem)
+    assert ours["h"].shape == (0, 25)
+    assert torch.equal(ours["h_n"], problem.operands["h0"].to(ours["h_n"].dtype))
+    assert torch.equal(ours["dh0"], problem.grads["h_n"])
+    assert not ours["dw_hh"].any()
+
+
+@grid(cell=CELLS, dtype=DTYPES)
+def test_no_steps_leave_the_state_as_it_was(cell, dtype):
+    problem = make_problem(cell, dtype, (1, 3, 25))
+    problem.operands["x"] = problem.operands["x"][:0]
+    h, _, h_n, c_n, _ = ops.layer(*problem.op_arguments())
+    assert h.shape == (0, 3, 25)
+    assert torch.equal(h_n, problem.operands["h0"].to(h_n.dtype))
+    if c_n.numel():
+        assert torch.equal(c_n, problem.operands["c0"].to(c_n.dtype))
+
+
+@grid(cell=CELLS, dtype=DTYPES, control=(False, True))
+def test_without_save_nothing_is_saved_and_results_are_the_same(cell, dtype, control):
+    problem = make_problem(cell, dtype, (5, 3, 33), control=control)
+    h, c, h_n, c_n, saved = ops.layer(*problem.op_arguments(save=True))
+    results = ops.layer(*problem.op_arguments(save=False))
+    for ours, expected in zip(results[::2][:2] + results[3:4], (h, h_n, c_n), strict=True):
+        assert torch.equal(ours, expected)
+    assert results[1].shape == results[4].shape == (0,)
+    assert c.shape == ((5, 3, 33) if problem.cell.states == 2 else (0,))
+    saved_width = problem.cell.saved * 33
+    assert saved.shape == ((5, 3, saved_width) if saved_width else (0,))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+@grid(cell=CELLS, dtype=DTYPES)
+def test_gates_saturate_without_overflow(cell, dtype, sign):
+    problem = make_problem(cell, dtype, (4, 3, 33))
+    largest = torch.finfo(dtype).max / (1 if dtype in HALF else 1e6)
+    for name in ("x", "w_hh"):
+        problem.operands[name] = torch.full_like(problem.operands[name], sign * largest)
+        problem.operands["w_hh"] = problem.operands["w_hh"].clamp(-1, 1)
+    if cell == "rnn_relu":
+        problem.operands["x"].clamp_(max=16.0)
+        problem.operands["w_hh"] /= 33
+    ours = run(layer, problem)
+    oracle = run(oracle_layer, problem.to(torch.float64))
+    for name, value in ours.items():
+        assert value.isfinite().all(), f"{name} of {problem}: {dtype}"
+    for name in ("h", "h_n"):
+        tolerance = 16 * torch.finfo(dtype).eps * max(1.0, oracle[name].abs().max().item())
+        torch.testing.assert_close(ours[name].double(), oracle[name], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@grid(projects, cell=CELLS, dtype=DTYPES, P=(0, 19))
+def test_nan_and_infinity_pass_as_in_torch(cell, dtype, P, bad):
+    """The reference computes with torch's own functions, whatever the dtype."""
+    problem = make_problem(cell, dtype, (4, 3, 33), P=P)
+    for gate in range(problem.cell.gates):
+        # One gate a sequence; other sequences stay clean.
+        problem.operands["x"][1, gate % 2, gate * 33 + 7] = bad
+    ours, torchs = run(layer, problem), run(oracle_layer, problem)
+    for name, expected in torchs.items():
+        what = f"{name} of {problem} with {bad} in x: {dtype}"
+        value = ours[name]
+        assert torch.equal(value.isnan(), expected.isnan()), what
+        assert torch.equal(value.isposinf(), expected.isposinf()), what
+        assert torch.equal(value.isneginf(), expected.isneginf()), what
+    assert ours["h"][:, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_passes_nan_value_and_gradient(dtype):
+    x = torch.tensor([torch.nan, -1.0, 0.0, 2.0], dtype=dtype).view(1, 1, 4).requires_grad_()
+    h, *_ = layer(CELLS["rnn_relu"], x, torch.zeros(4, 4, dtype=dtype), None, None, None)
+    h.backward(torch.full_like(h, 3.0))
+    (expected,) = torch.autograd.grad(torch.relu(x), x, torch.full_like(h, 3.0))
+    torch.testing.assert_close(h.detach(), torch.relu(x).detach(), equal_nan=True)
+    torch.testing.assert_close(x.grad, expected)
+    assert x.grad.flatten().tolist() == [3.0, 0.0, 0.0, 3.0]
+
+
+def strided(x: torch.Tensor, how: str) -> torch.Tensor:
+    """The same values in memory of another layout."""
+    if how == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "every other":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    if how == "offset":
+        return torch.cat([torch.full_like(x[:1], torch.nan), x])[1:]
+    if how == "expanded":
+        return x[:1].expand_as(x)
+    return x
+
+
+LAYOUTS = ("plain", "transposed", "every other", "offset", "expanded")
+
+
+@given(
+    cell=st.sampled_from(sorted(CELLS)),
+    dtype=st.sampled_from(DTYPES),
+    T=st.integers(1, 5),
+    N=st.integers(0, 6),
+    H=st.integers(1, 70),
+    P=st.integers(0, 40),
+    options=st.fixed_dictionaries(
+        {name: st.booleans() for name in ("states", "bias", "reverse", "control", "product")}
+    ),
+    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6),
+)
+def test_any_shape_and_layout(cell, dtype, T, N, H, P, options, layouts):
+    P = P if cell == "lstm" and P < H else 0
+    problem = make_problem(cell, dtype, (T, N, H), P=P, **options)
+    layout = dict(zip(("x", "w_hh", "b_hh", "h0", "c0", "grads"), layouts, strict=True))
+    for name, how in layout.items():
+        x = problem.operands.get(name)
+        if x is not None and how == "expanded" and x.numel():
+            problem.operands[name] = strided(x, how).clone()
+    other = replace(
+        problem,
+        operands=problem.operands
+        | {
+            name: strided(x, layout[name]) if x.numel() else x
+            for name, x in problem.operands.items()
+            if name in layout and x is not None
+        },
+        grads={
+            name: strided(x, layout["grads"]) if layout["grads"] != "expanded" else x
+            for name, x in problem.grads.items()
+        },
+    )
+    ours, same = run(layer, problem), run(layer, other)
+    for name, value in ours.items():
+        assert torch.equal(value, same[name]), f"{name} of {problem} in layout {layout}"
+    if N:
+        check(layer, problem)
+    else:
+        reference = run(oracle_layer, problem)
+        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
+        assert not any(v.any() for k, v in ours.items() if k.startswith("dw"))
