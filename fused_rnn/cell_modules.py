@@ -161,8 +161,12 @@ class LSTMCell(CellModule):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
-        pair = type(input) is Tensor and type(hx) is tuple and len(hx) == 2
-        if pair and input.dim() == hx[0].dim() == hx[1].dim() == 2:
+        if (
+            type(input) is Tensor
+            and type(hx) is tuple
+            and len(hx) == 2
+            and input.dim() == hx[0].dim() == hx[1].dim() == 2
+        ):
             return self._step(input, hx)  # the common case, at once
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)

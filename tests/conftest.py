@@ -1,6 +1,7 @@
 """What every test runs under: one seed, one thread, and the grids that ``--full`` completes."""
 
 import random
+from collections.abc import Iterator
 
 import hypothesis
 import numerics
@@ -39,3 +40,12 @@ def _seed_and_one_thread(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     torch.manual_seed(seed)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _unwritten_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests of the ops: torch fills what it allocates, so reading it before writing shows."""
+    is_op_test = request.node.get_closest_marker("op") is not None
+    torch.use_deterministic_algorithms(is_op_test)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -215,6 +215,15 @@ def torch_layer(
     return *_pair(visible), *_pair(states)
 
 
+def torch_cell(
+    cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """torch's own step: ``h, c``; ``c`` is ``None`` but for the LSTM."""
+    if cell.states == 1:
+        return _TORCH_CELLS[cell.name](x, h, *weights), None
+    return _TORCH_CELLS[cell.name](x, (h, c), *weights)
+
+
 def _torch_step(
     cell: Cell,
     x: Tensor,
@@ -223,9 +232,9 @@ def _torch_step(
     w_hr: Tensor | None,
 ) -> list[Tensor]:
     if cell.states == 1:
-        return [_TORCH_CELLS[cell.name](x, states[0], *weights)]
+        return [torch_cell(cell, x, states[0], None, *weights)[0]]
     if w_hr is None:
-        return list(_TORCH_CELLS[cell.name](x, tuple(states), *weights))
+        return list(torch_cell(cell, x, *states, *weights))
     # torch has no cell with a projection: a sequence of one step.
     given = [w for w in (*weights, w_hr) if w is not None]
     options = (weights[2] is not None, 1, 0.0, False, False, False)

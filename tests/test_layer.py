@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import CLEAR, HOLD, check, make_problem, oracle_layer, run, torch_layer
-from numerics import DTYPES, HALF, assert_as_good_as, cases, needs_native
+from numerics import DTYPES, HALF, assert_as_good_as, cases, grid, needs_native
 
 from fused_rnn.autograd import layer
 from fused_rnn.cells import CELLS, carry_dtype

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import warnings
 
@@ -137,9 +138,9 @@ def test_dropout_of_everything_leaves_what_torch_leaves(kind, backend, dropout):
 
 
 def test_dropout_on_a_single_layer_warns_as_torch_does():
-    with pytest.warns(UserWarning) as theirs:
+    with pytest.warns(UserWarning, match="dropout option") as theirs:
         nn.GRU(I, H, dropout=0.5)
-    with pytest.warns(UserWarning) as ours:
+    with pytest.warns(UserWarning, match="dropout option") as ours:
         fused_rnn.GRU(I, H, dropout=0.5)
     assert [str(w.message) for w in ours] == [str(w.message) for w in theirs]
 
@@ -237,7 +238,7 @@ def test_checkpoints_load_both_ways(kind, dtype):
         getattr(package, name)(I, H, 2, bidirectional=True, dtype=dtype, **options)
         for package in (nn, fused_rnn, nn)
     ]
-    for source, target in zip(made, made[1:], strict=False):
+    for source, target in itertools.pairwise(made):
         file = io.BytesIO()
         torch.save(source.state_dict(), file)
         file.seek(0)

@@ -1,8 +1,10 @@
 """The ops as torch sees them: schemas, fakes, memory, and what they refuse."""
 
+import re
+
 import pytest
 import torch
-from layers import make_problem
+from layers import HOLD, make_problem
 from numerics import DTYPES, cases, needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -80,7 +82,10 @@ def test_fakes_agree_with_the_ops(case, save):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), what
 
 
-@pytest.mark.parametrize("op", ["layer", "layer_backward"])
+def checked(op, inputs):
+    return set(torch.library.opcheck(getattr(ops, op).default, tuple(inputs)).values())
+
+
 @cases(
     projects,
     cell=CELLS,
@@ -90,16 +95,182 @@ def test_fakes_agree_with_the_ops(case, save):
     control=(False, True),
     rows=("", "scattered"),
 )
+@pytest.mark.parametrize("op", ["layer", "layer_backward"])
 def test_opcheck(op, case):
+    (forward, _), (backward, _) = op_inputs_and_outputs(make_problem(**case))
+    assert checked(op, forward if op == "layer" else backward) == {"SUCCESS"}
+
+
+def in_place(problem):
+    """The arguments of layer_ for those of layer."""
+    cell, gx, *tensors, reverse, _, control, rows, w_hr, h_mask, keep = problem.op_arguments()
+    return [cell, gx.clone(), *tensors, reverse, control, rows, w_hr, h_mask, keep]
+
+
+@cases(
+    projects,
+    cell=[name for name, cell in CELLS.items() if cell.saved == cell.gates],
+    dtype=DTYPES,
+    shape=((5, 3, 33), (2, 26, 8), (1, 1, 1), (2, 0, 8)),
+    P=(0, 5),
+    reverse=(False, True),
+    control=(False, True),
+    rows=ROWS,
+    states=(False, True),
+)
+def test_in_place_op_is_the_other_with_what_is_saved_in_gx(case):
     problem = make_problem(**case)
-    (forward, _), (backward, _) = op_inputs_and_outputs(problem)
-    # Rows that hold are not written in `saved`, so two runs differ there unless both fill it.
-    inputs = forward if op == "layer" else backward
-    checked = torch.library.opcheck(getattr(ops, op).default, tuple(inputs))
-    assert set(checked.values()) == {"SUCCESS"}
+    inputs = in_place(problem)
+    *expected, saved = ops.layer(*problem.op_arguments())
+    for name, ours, other in zip(
+        ("h", "c", "h_n", "c_n"), ops.layer_(*inputs), expected, strict=True
+    ):
+        assert torch.equal(ours, other), f"{name} of {problem}"
+        if ours.numel():
+            assert ours.untyped_storage().data_ptr() != inputs[1].untyped_storage().data_ptr()
+    live = torch.ones(saved.shape[:-1], dtype=torch.bool)
+    if case["control"]:
+        held = (problem.options["control"] & HOLD).bool()
+        rows = problem.options.get("rows")
+        if rows is None:
+            live = ~held
+        else:
+            live[rows[(rows >= 0) & held].long()] = False
+    assert torch.equal(inputs[1][live], saved[live]), f"saved of {problem}"
+
+
+def test_opcheck_of_the_in_place_op():
+    problem = make_problem("lstm", torch.float32, (3, 2, 8))
+    assert checked("layer_", in_place(problem)) == {"SUCCESS"}
+
+
+def test_in_place_op_refuses_what_does_not_fit():
+    for name, cell in CELLS.items():
+        if cell.saved != cell.gates:
+            with pytest.raises(RuntimeError, match="saves all its gates"):
+                ops.layer_(*in_place(make_problem(name, torch.float32, (3, 2, 8))))
+    inputs = in_place(make_problem("lstm", torch.float32, (3, 2, 8)))
+    inputs[1] = inputs[1].transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(RuntimeError, match="contiguous gx"):
+        ops.layer_(*inputs)
 
 
 def test_every_op_is_checked():
-    """What the library registers is what the tests above and in test_step.py name."""
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if "fused_rnn::" in name}
-    assert names == {"layer", "layer_backward", "step", "step_backward"}
+    """What the library registers is what the tests here and in test_step.py name."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if "fused_rnn::" in name}
+    expected = {"layer", "layer_", "layer_backward", "step", "step_backward"}
+    assert {name.split("::")[1] for name in names} == expected
+
+
+LAYER = (
+    "cell gx w_hh b_hh h0 c0 reverse save control rows w_hr h_mask keep".split()
+)
+LAYER_BACKWARD = (
+    "cell dh dc dh_n dc_n h c saved w_hh h0 c0 reverse control rows w_hr h_mask keep".split()
+)
+
+# Every operand with one too few and one too many at its end, and in its first dimension.
+RESIZED = {
+    "narrow": lambda x: x[..., :-1].contiguous(),
+    "wide": lambda x: torch.cat([x, x[..., :1]], -1),
+    "short": lambda x: x[1:].contiguous(),
+    "long": lambda x: torch.cat([x, x[:1]]),
+    "with one dimension more": lambda x: x.unsqueeze(0),
+}
+
+
+def refused(op, names, inputs, name, change):
+    """The sentence in which the op refuses the inputs with one of them changed."""
+    given = list(inputs)
+    place = names.index(name)
+    given[place] = change(given[place])
+    with pytest.raises(RuntimeError, match="fused_rnn: ") as raised:
+        op(*given)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("how", RESIZED)
+@pytest.mark.parametrize("rows", ["", "scattered"])
+@pytest.mark.parametrize("name", [name for name in LAYER if name[0] in "gwbhc" and "_m" not in name])
+def test_layer_refuses_wrong_sizes_in_a_sentence(name, rows, how):
+    if name == "cell":
+        for cell in (-1, 4, 99):
+            assert "no cell has number" in refused(ops.layer, LAYER, template(rows)[0], name, lambda _: cell)
+        return
+    message = refused(ops.layer, LAYER, template(rows)[0], name, RESIZED[how])
+    assert re.search(r"\[[\d, ]+\]|dimensions|projection|names", message), message
+
+
+@pytest.mark.parametrize("how", RESIZED)
+@pytest.mark.parametrize("rows", ["", "scattered"])
+@pytest.mark.parametrize("name", LAYER_BACKWARD[1:11] + ["control", "rows", "w_hr"])
+def test_layer_backward_refuses_wrong_sizes_in_a_sentence(name, rows, how):
+    inputs = template(rows)[1]
+    if inputs[LAYER_BACKWARD.index(name)] is None:
+        pytest.skip(f"there are no {name} in this form")
+    refused(ops.layer_backward, LAYER_BACKWARD, inputs, name, RESIZED[how])
+
+
+def template(rows):
+    """An LSTM with every operand: arguments of layer and layer_backward."""
+    problem = make_problem("lstm", torch.float32, (3, 2, 8), P=5, control=True, rows=rows)
+    (forward, _), (backward, _) = op_inputs_and_outputs(problem)
+    return forward, backward
+
+
+@pytest.mark.parametrize("name", ["w_hh", "b_hh", "h0", "c0", "control", "rows", "w_hr"])
+def test_layer_refuses_other_dtypes_and_devices(name):
+    forward = template("scattered")[0]
+    for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64):
+        message = refused(ops.layer, LAYER, forward, name, lambda x, dtype=dtype: x.to(dtype))
+        assert "dtype" in message
+    message = refused(ops.layer, LAYER, forward, name, lambda x: x.to("meta"))
+    assert f"{name} is on another device" in message
+
+
+@pytest.mark.parametrize("name", ["w_hh", "b_hh", "w_hr"])
+def test_weights_must_have_the_dtype_of_gx(name):
+    """Only states may come in another, the carry dtype."""
+    forward = template("")[0]
+    for dtype in (torch.bfloat16, torch.float16):
+        refused(ops.layer, LAYER, forward, name, lambda x, dtype=dtype: x.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
+def test_layer_computes_in_four_dtypes(dtype):
+    message = refused(ops.layer, LAYER, template("")[0], "gx", lambda x: x.to(dtype))
+    assert "float32, float64, bfloat16 or float16" in message
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru"])
+def test_only_the_lstm_projects(cell):
+    inputs = make_problem(cell, torch.float32, (3, 2, 8)).op_arguments()
+    message = refused(ops.layer, LAYER, inputs, "w_hr", lambda _: torch.zeros(8, 8))
+    assert "only LSTM has a projection" in message
+
+
+def test_dropout_and_zoneout_are_refused_so_far():
+    inputs = make_problem("gru", torch.float32, (3, 2, 8)).op_arguments()
+    for name, value in (
+        ("h_mask", torch.ones(2, 8)),
+        ("keep", torch.ones(3, 2, 8, dtype=torch.uint8)),
+    ):
+        message = refused(ops.layer, LAYER, inputs, name, lambda _, value=value: value)
+        assert "not implemented" in message
+
+
+@pytest.mark.parametrize("op", ["layer", "layer_backward"])
+@pytest.mark.parametrize("wrong", ["twice", "beyond", "far beyond", "missing"])
+def test_each_row_belongs_to_one_step(op, wrong):
+    forward, backward = template("scattered")
+    names, inputs = (LAYER, forward) if op == "layer" else (LAYER_BACKWARD, backward)
+
+    def change(rows):
+        rows, (first, second, *_) = rows.clone(), (rows >= 0).nonzero().tolist()
+        value = {"twice": int(rows[tuple(second)]), "beyond": int(rows.max()) + 1}
+        value |= {"far beyond": 2**31 - 1, "missing": -1}
+        rows[tuple(first)] = value[wrong]
+        return rows
+
+    message = refused(getattr(ops, op), names, inputs, "rows", change)
+    assert re.search(r"twice, or it is outside|names \d+ of the \d+ rows", message), message

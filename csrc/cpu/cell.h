@@ -24,7 +24,10 @@ void dot_rows(const T* weight, const T* bias, const T* x, int64_t K, int rows, A
   for (; k + V::kWidth <= K; k += V::kWidth) {
     const V input = V::load(x + k);
 #pragma GCC unroll 4
-    for (int i = 0; i < kDotRows; ++i) sum[i] = V::load(row[i] + k) * input + sum[i];
+    for (int i = 0; i < kDotRows; ++i) {
+      sum[i] = V::load(row[i] + k) * input + sum[i];
+      __builtin_prefetch(row[i] + k + kDotRows * K);  // the next rows' turn comes at once
+    }
   }
   if (k < K) {
     const V input = V::load(x + k, K - k);

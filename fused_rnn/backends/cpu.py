@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,8 @@ NAME = "cpu"
 
 # In the order of csrc/cpu/kernels.h.
 _SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
+_shape, _kind = attrgetter("shape"), attrgetter("dtype", "is_cpu")
 # Up to here one pass over the weights beats two GEMMs and their calls.
 _SMALL_ROWS = 4
 _NOT_YET = ("h_mask", "keep")
@@ -80,41 +82,33 @@ def small_step(
     """
     n, size = x.shape
     hidden = h.shape[1]
-    if n > _SMALL_ROWS or n == 0:
+    gates = cell.gates * hidden
+    state, bias = (n, hidden), (gates,)
+    operands = [x, h, w_ih, w_hh]
+    expected = [(n, size), state, (gates, size), (gates, hidden)]
+    if c is not None:
+        operands.append(c)
+        expected.append(state)
+    if b_ih is not None and b_hh is not None:
+        operands += b_ih, b_hh
+        expected += bias, bias
+    kind = (x.dtype, True)
+    if (
+        not 0 < n <= _SMALL_ROWS
+        or list(map(_shape, operands)) != expected
+        or set(map(_kind, operands)) != {kind}
+        or not _PLAIN.issuperset(map(type, operands))
+        or not all(map(Tensor.is_contiguous, operands))
+    ):
         return None
-    dtype, gates = x.dtype, cell.gates * hidden
-    operands = (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    shapes = (
-        (n, size),
-        (n, hidden),
-        (n, hidden),
-        (gates, size),
-        (gates, hidden),
-        (gates,),
-        (gates,),
+    h1 = torch.empty_like(h)
+    c1 = None if c is None else torch.empty_like(c)
+    native.LIBRARY.fused_rnn_cell(
+        cell.id,
+        _SCALARS[x.dtype],
+        n,
+        size,
+        hidden,
+        *(None if t is None else t.data_ptr() for t in (x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1)),
     )
-    pointers = []
-    for operand, shape in zip(operands, shapes, strict=True):
-        if operand is None:
-            pointers.append(None)
-        elif (
-            operand.shape == shape
-            and operand.dtype is dtype
-            and type(operand) in _PLAIN
-            and operand.is_contiguous()
-            and operand.is_cpu
-        ):
-            pointers.append(operand.data_ptr())
-        else:
-            return None
-    h1, c1 = torch.empty_like(h), None
-    if cell.states == 2:
-        c1 = torch.empty_like(h)
-        native.LIBRARY.fused_rnn_cell(
-            cell.id, _SCALARS[dtype], n, size, hidden, *pointers, h1.data_ptr(), c1.data_ptr()
-        )
-    else:
-        native.LIBRARY.fused_rnn_cell(
-            cell.id, _SCALARS[dtype], n, size, hidden, *pointers, h1.data_ptr(), None
-        )
     return h1, c1

@@ -1,0 +1,121 @@
+"""Under CPU autocast: torch's dtypes out, torch's accuracy, gradients in the weights' dtype."""
+
+import contextlib
+
+import pytest
+import torch
+from numerics import HALF, assert_as_good_as, grid
+from twins import BACKEND_NAMES, MODULE_KINDS, H, I, mapped, oracle, states, step, tensors, twins
+
+from fused_rnn.cells import CELLS
+
+HALF_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in HALF}
+
+
+# oneDNN, which runs torch's LSTM, has no float16 on many CPUs: there torch raises. The dtypes to
+# expect are then those of bfloat16, and the accuracy that of torch's own loop.
+def without_onednn(dtype):
+    if dtype == torch.float16:
+        return torch.backends.mkldnn.flags(enabled=False)
+    return contextlib.nullcontext()
+
+
+def to_bfloat16(tensor):
+    return tensor.to(torch.bfloat16)
+
+
+def under(dtype, module):
+    def call(input, hx):
+        with torch.autocast("cpu", dtype):
+            return module(input, hx)
+
+    return call
+
+
+@grid(
+    lambda cell, packed, **_: not (cell and packed),
+    kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, half=HALF_NAMES,
+    input_half=(False, True), given=(True, False), packed=(False, True), grad=(True, False),
+)  # fmt: skip
+def test_dtypes_are_torchs(kind, cell, backend, half, input_half, given, packed, grad):
+    dtype = HALF_NAMES[half]
+    theirs, ours = twins(kind, cell=cell, backend=backend)
+    input = torch.randn(*((3,) if cell else (5, 3)), I)
+    input = input.to(dtype) if input_half else input
+    hx = states(kind, ours, 3, dtype=input.dtype) if given else None
+    if packed:
+        input = torch.nn.utils.rnn.pack_padded_sequence(
+            input, torch.tensor([5, 1, 3]), enforce_sorted=False
+        )
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        as_bfloat16 = [mapped(t, to_bfloat16) if input_half else t for t in (input, hx)]
+        expected = [t.dtype for t in tensors(theirs(*as_bfloat16))]
+    expected = [dtype if e == torch.bfloat16 else e for e in expected]
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype):
+        got = list(tensors(ours(input, hx)))
+    assert [t.dtype for t in got] == expected
+    assert all(t.requires_grad == grad for t in got)
+
+
+@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, half=HALF_NAMES)
+def test_results_and_gradients_are_as_good_as_torchs(kind, cell, backend, half):
+    """Against float64 from the rounded weights and input, which is what autocast computes from."""
+    dtype = HALF_NAMES[half]
+    theirs, ours = twins(kind, cell=cell, backend=backend)
+    for module in (theirs, ours):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(parameter.to(dtype))
+    input = torch.randn(*((3,) if cell else (9, 3)), I).to(dtype).float()
+    hx = mapped(states(kind, ours, 3), lambda h: h.to(dtype).float())
+    with without_onednn(dtype):
+        expected = step(theirs, input, hx, call=under(dtype, theirs))
+    got = step(ours, input, hx, call=under(dtype, ours))
+    exact = oracle(ours, input, hx)
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        # Where torch returns float32, what it computed was a half all the same.
+        assert_as_good_as(value, expected[name].to(dtype), exact[name], (kind, backend, name))
+
+
+@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES)
+def test_autocast_switched_off_inside_changes_nothing(kind, cell, backend):
+    _, ours = twins(kind, cell=cell, backend=backend)
+    input = torch.randn(*((3,) if cell else (5, 3)), I)
+    expected = ours(input)
+    with torch.autocast("cpu", torch.bfloat16), torch.autocast("cpu", enabled=False):
+        torch.testing.assert_close(ours(input), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKEND_NAMES)
+@pytest.mark.parametrize("kind", MODULE_KINDS)
+def test_training_under_autocast_learns(kind, backend):
+    """Weights stay float32, and the loss falls as with torch."""
+    losses = []
+    for module in twins(kind, I, H, backend=backend):
+        torch.manual_seed(1)
+        head = torch.nn.Linear(H, 1)
+        optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], lr=0.03)
+        input = torch.randn(8, 6, I)
+        target = input.sum((0, 2), keepdim=True)[0].tanh()
+        for _ in range(25):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = (head(module(input)[0][-1]).float() - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert losses[1] < 0.5
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+
+
+@grid(cell_kind=CELLS, backend=BACKEND_NAMES)
+def test_weights_in_the_autocast_dtype_stay_there(cell_kind, backend):
+    _, ours = twins(cell_kind, dtype=torch.bfloat16, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = ours(torch.randn(5, 3, I))
+    assert output.dtype in (torch.bfloat16, torch.float32)
+    output.float().sum().backward()
+    assert {p.grad.dtype for p in ours.parameters()} == {torch.bfloat16}
+    assert H == output.shape[-1]

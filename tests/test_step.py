@@ -1,0 +1,306 @@
+"""One step of a cell: the pointwise op, and the small step that is called by address."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import torch_cell
+from numerics import (
+    DTYPES,
+    HALF,
+    assert_as_good_as,
+    cases,
+    grid,
+    integers,
+    needs_native,
+    signed_permutation,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fused_rnn import autograd
+from fused_rnn.backends import cpu
+from fused_rnn.cells import CELLS, Cell
+
+pytestmark = [pytest.mark.op, needs_native]
+
+ops = torch.ops.fused_rnn
+
+NAMES = ("x", "h", "c", "w_ih", "w_hh", "b_ih", "b_hh")
+# N, I, H: ones, sizes that no vector divides, up to and beyond the rows of a small step (4).
+SHAPES = ((1, 1, 1), (1, 7, 25), (2, 31, 33), (4, 60, 60), (1, 130, 130), (3, 16, 31), (9, 5, 25))
+
+
+def make_operands(
+    cell: str, dtype: torch.dtype, shape: tuple[int, int, int], *, bias: bool = True
+) -> dict[str, Tensor | None]:
+    N, I, H = shape  # noqa: E741
+    spec = CELLS[cell]
+    exact = cell == "rnn_relu" and dtype in HALF
+
+    def draw(*size: int) -> Tensor:
+        return integers(*size, limit=1) if exact else torch.randn(size)
+
+    def weight(out: int, into: int) -> Tensor:
+        return signed_permutation(out, into) if exact else torch.randn(out, into) / into**0.5
+
+    operands = dict.fromkeys(NAMES) | {
+        "x": draw(N, I),
+        "h": draw(N, H),
+        "w_ih": weight(spec.gates * H, I),
+        "w_hh": weight(spec.gates * H, H),
+    }
+    if spec.states == 2:
+        operands["c"] = draw(N, H)
+    if bias:
+        operands |= {name: draw(spec.gates * H) for name in ("b_ih", "b_hh")}
+    return {name: x if x is None else x.to(dtype) for name, x in operands.items()}
+
+
+def oracle_step(cell: Cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
+    linear = torch.nn.functional.linear
+    return cell.step(linear(x, w_ih, b_ih), linear(h, w_hh, b_hh), (h, c)[: cell.states])
+
+
+def run(step, cell: str, operands, grads) -> dict[str, Tensor]:
+    """The new states and all gradients, by name."""
+    dtype = operands["x"].dtype
+    leaves = {
+        name: x if x is None else x.detach().requires_grad_() for name, x in operands.items()
+    }
+    states = step(CELLS[cell], *leaves.values())[: CELLS[cell].states]
+    torch.autograd.backward(states, [dy.to(dtype) for dy in grads[: len(states)]])
+    found = {f"d{name}": x.grad for name, x in leaves.items() if x is not None}
+    return dict(zip(("h1", "c1"), (s.detach() for s in states), strict=False)) | found
+
+
+def to_double(operands):
+    return {name: x if x is None else x.double() for name, x in operands.items()}
+
+
+@cases(cell=CELLS, dtype=DTYPES, shape=SHAPES, bias=(False, True))
+def test_a_step_is_as_good_as_torchs(case):
+    cell, (N, I, H) = case["cell"], case["shape"]  # noqa: E741
+    operands = make_operands(**case)
+    grads = [integers(N, H, limit=1), integers(N, H, limit=1)]
+    ours, torchs = (run(step, cell, operands, grads) for step in (cpu.cell_step, torch_cell))
+    oracle = run(oracle_step, cell, to_double(operands), grads)
+    assert ours.keys() == oracle.keys()
+    length = max(N, I, CELLS[cell].gates * H)
+    for name, expected in oracle.items():
+        what = f"{name} of a step {case}"
+        assert_as_good_as(ours[name], torchs[name], expected, what, length=length, scale=1.0)
+
+
+@cases(cell=CELLS, dtype=DTYPES, shape=SHAPES[:-1], bias=(False, True))
+def test_a_small_step_is_as_good_as_torchs(case):
+    cell, shape = CELLS[case["cell"]], case["shape"]
+    operands = make_operands(**case)
+    ours = cpu.small_step(cell, *operands.values())
+    assert ours is not None
+    assert (ours[1] is None) == (cell.states == 1)
+    torchs = torch_cell(cell, *operands.values())
+    oracle = oracle_step(cell, *to_double(operands).values())
+    for place in range(cell.states):
+        values = (ours[place], torchs[place], oracle[place])
+        assert values[0].dtype == case["dtype"]
+        what = f"state {place} of a small step {case}"
+        assert_as_good_as(*values, what, length=sum(shape[1:]), scale=1.0)
+
+
+@grid(cell=CELLS, dtype=DTYPES)
+def test_a_step_changes_nothing_and_returns_new_memory(cell, dtype):
+    operands = make_operands(cell, dtype, (2, 5, 25))
+    before = {name: x.clone() for name, x in operands.items() if x is not None}
+    for step in (cpu.small_step, cpu.cell_step):
+        results = [x for x in step(CELLS[cell], *operands.values()) if x is not None]
+        places = [x.untyped_storage().data_ptr() for x in results]
+        assert len(set(places)) == len(places)
+        for name, copy in before.items():
+            assert torch.equal(operands[name], copy), name
+            assert operands[name].untyped_storage().data_ptr() not in places
+
+
+def unfit(operands: dict[str, Tensor | None], name: str, how: str) -> dict[str, Tensor | None]:
+    """The operands with one that the kernel, which reads plain memory, must not see."""
+    x = operands[name]
+    changed = {
+        "shorter": lambda: x[..., :-1].contiguous(),
+        "longer": lambda: torch.cat([x, x[..., :1]], -1),
+        "strided": lambda: torch.stack([x, x], -1)[..., 0],
+        "another dtype": lambda: x.to(torch.float64 if x.dtype != torch.float64 else torch.half),
+        "integers": lambda: x.to(torch.int64),
+        "meta": lambda: x.to("meta"),
+        "a subclass": lambda: x.as_subclass(Subclass),
+        "sparse": lambda: x.to_sparse(),
+        "empty": lambda: x[..., :0],
+        "one dimension more": lambda: x.unsqueeze(0),
+    }[how]()
+    return operands | {name: changed}
+
+
+class Subclass(torch.Tensor):
+    """A tensor whose functions somebody may have overridden."""
+
+
+UNFIT = (
+    "shorter",
+    "longer",
+    "strided",
+    "another dtype",
+    "integers",
+    "meta",
+    "a subclass",
+    "sparse",
+    "empty",
+    "one dimension more",
+)
+
+
+@grid(
+    lambda cell, name, **_: name != "c" or cell == "lstm", cell=CELLS, name=NAMES, how=UNFIT
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_step_leaves_what_is_not_plain_memory_to_others(cell, name, how, dtype):
+    operands = unfit(make_operands(cell, dtype, (2, 5, 25)), name, how)
+    try:
+        result = cpu.small_step(CELLS[cell], *operands.values())
+    except (ValueError, IndexError, RuntimeError) as error:
+        # No sizes to unpack: the caller's own checks say it better.
+        assert how == "one dimension more", error
+    else:
+        assert result is None
+
+
+@grid(cell=CELLS, name=("b_ih", "b_hh"), how=UNFIT)
+def test_a_small_step_looks_at_a_bias_that_is_alone(cell, name, how):
+    operands = make_operands(cell, torch.float32, (2, 5, 25))
+    other = {"b_ih": "b_hh", "b_hh": "b_ih"}[name]
+    given = unfit(operands | {other: None}, name, how)
+    assert cpu.small_step(CELLS[cell], *given.values()) is None
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_small_step_is_for_a_few_rows(cell):
+    for N in (0, 5, 100):
+        assert cpu.small_step(CELLS[cell], *make_operands(cell, torch.float32, (N, 5, 8)).values()) is None
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_small_step_without_its_states_is_left_to_others(cell):
+    """Each state that the cell reads; the address of nothing must not reach the kernel."""
+    operands = make_operands(cell, torch.float32, (1, 5, 8))
+    if CELLS[cell].states == 2:
+        assert cpu.small_step(CELLS[cell], *(operands | {"c": None}).values()) is None
+    other = operands | {"c": torch.zeros(1, 8)}
+    h1, _ = cpu.small_step(CELLS[cell], *other.values())
+    assert h1.isfinite().all()
+
+
+@given(
+    cell=st.sampled_from(sorted(CELLS)),
+    dtype=st.sampled_from(DTYPES),
+    N=st.integers(1, 4),
+    I=st.integers(1, 70),
+    H=st.integers(1, 70),
+    bias=st.booleans(),
+)
+def test_both_steps_agree_at_any_size(cell, dtype, N, I, H, bias):  # noqa: E741
+    operands = make_operands(cell, dtype, (N, I, H), bias=bias)
+    small = cpu.small_step(CELLS[cell], *operands.values())
+    step = cpu.cell_step(CELLS[cell], *operands.values())
+    oracle = oracle_step(CELLS[cell], *to_double(operands).values())
+    for place in range(CELLS[cell].states):
+        values = (small[place], step[place], oracle[place])
+        assert_as_good_as(*values, f"state {place}, small step {cell} N{N} I{I} H{H}", scale=1.0)
+
+
+def pointwise(cell: str, dtype: torch.dtype, shape: tuple[int, int]):
+    """Arguments of the ops step and step_backward."""
+    (N, H), spec = shape, CELLS[cell]
+    gx, gh = torch.randn(2, N, spec.gates * H).to(dtype)
+    h, c, dh1, dc1 = torch.randn(4, N, H).to(dtype)
+    if spec.states == 1:
+        c = dc1 = None
+    forward = (spec.id, gx, gh, h, c, True)
+    h1, c1, saved = ops.step(*forward)
+    return forward, (spec.id, dh1, dc1, h1, c1, saved, h, c)
+
+
+@cases(cell=CELLS, dtype=DTYPES, shape=((1, 1), (3, 25), (2, 64), (0, 8)))
+def test_fakes_agree_with_the_ops(case):
+    forward, backward = pointwise(**case)
+    for op, inputs in ((ops.step, forward), (ops.step_backward, backward)):
+        for last in (True, False) if op is ops.step else (inputs[-1],):
+            given = (*inputs[:-1], last)
+            real = op(*given)
+            with FakeTensorMode() as mode:
+                fake = op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in given))
+            for place, (a, b) in enumerate(zip(real, fake, strict=True)):
+                what = f"output {place} of {op}: {case}"
+                assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), what
+
+
+@grid(cell=CELLS, dtype=(torch.float32, torch.bfloat16))
+def test_opcheck(cell, dtype):
+    forward, backward = pointwise(cell, dtype, (3, 8))
+    for op, inputs in ((ops.step, forward), (ops.step_backward, backward)):
+        checked = torch.library.opcheck(op.default, inputs)
+        assert set(checked.values()) == {"SUCCESS"}, op
+
+
+@grid(cell=CELLS, dtype=DTYPES)
+def test_without_save_nothing_is_saved_and_results_are_the_same(cell, dtype):
+    forward, _ = pointwise(cell, dtype, (3, 25))
+    h1, c1, _ = ops.step(*forward)
+    other_h1, other_c1, saved = ops.step(*forward[:-1], False)
+    assert torch.equal(h1, other_h1)
+    assert torch.equal(c1, other_c1)
+    assert saved.shape == (0,)
+
+
+@grid(cell=CELLS, dtype=DTYPES, bad=(torch.nan, torch.inf, -torch.inf))
+def test_nan_and_infinity_pass_as_in_torch(cell, dtype, bad):
+    spec, (N, H) = CELLS[cell], (2, 25)
+    gx = torch.randn(N, spec.gates, H).to(dtype)
+    for gate in range(spec.gates):
+        gx[0, gate, 3 * gate] = bad
+    gx, gh = gx.flatten(1), torch.randn(N, spec.gates * H).to(dtype)
+    states = torch.randn(2, N, H).to(dtype).unbind()
+    found = []
+    for step in (autograd.step, lambda cell, *a: cell.step(*a[:2], a[2:][: cell.states])):
+        leaves = [x.clone().requires_grad_() for x in (gx, gh, *states[: spec.states])]
+        arguments = leaves if spec.states == 2 else [*leaves, None]
+        results = step(spec, *arguments)[: spec.states]
+        grads = torch.autograd.grad(
+            results, leaves, [torch.ones_like(y) for y in results], allow_unused=True
+        )
+        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+        found.append([*results, *grads])
+    for place, (value, expected) in enumerate(zip(*found, strict=True)):
+        what = f"result {place} of {cell} with {bad} in gx: {dtype}"
+        for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(kind(value), kind(expected)), what
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("place", [1, 2, 3, 4])
+def test_a_step_refuses_wrong_sizes_in_a_sentence(cell, place):
+    forward, _ = pointwise(cell, torch.float32, (3, 8))
+    if forward[place] is None:
+        pytest.skip("this cell has no such operand")
+    for wrong in (forward[place][:, 1:], forward[place][1:], forward[place].unsqueeze(0)):
+        with pytest.raises(RuntimeError, match=r"fused_rnn: \w+ (has size .* expected|is missing)"):
+            ops.step(*forward[:place], wrong, *forward[place + 1 :])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("place", range(1, 8))
+def test_a_step_backward_refuses_wrong_sizes_in_a_sentence(cell, place):
+    """What is kept too: its kernel reads as much as h1 says there is."""
+    _, backward = pointwise(cell, torch.float32, (3, 8))
+    if backward[place] is None or not backward[place].numel():
+        pytest.skip("this cell has no such operand")
+    wrong = backward[place][:, 1:].contiguous()
+    with pytest.raises(RuntimeError, match=r"fused_rnn: \w+ (has size .* expected|is missing)"):
+        ops.step_backward(*backward[:place], wrong, *backward[place + 1 :])
