@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,11 +14,7 @@ from .cells import CELLS, carry_dtype
 _LIBRARY = Path(__file__).with_name("libfused_rnn_cpu.so")
 
 
-LIBRARY: ctypes.CDLL
-
-
 def _load() -> str | None:
-    global LIBRARY
     if not _LIBRARY.exists():
         return (
             f"{_LIBRARY.name} is not in this installation; install fused_rnn with a C++ compiler "
@@ -27,14 +24,29 @@ def _load() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"{_LIBRARY.name} does not load with torch {torch.__version__}: {error}"
-    LIBRARY = ctypes.CDLL(str(_LIBRARY))
-    LIBRARY.fused_rnn_cell.argtypes = [ctypes.c_int] * 2 + [ctypes.c_int64] * 3 + [ctypes.c_void_p] * 9
-    LIBRARY.fused_rnn_cell.restype = None
     return None
+
+
+def _no_small_step(*operands: object) -> bool:
+    return False
+
+
+def _connect() -> Callable[..., bool]:
+    """``_C.small_step``, told where the kernel is; without either, a function that declines."""
+    try:
+        from . import _C
+    except ImportError:
+        return _no_small_step
+    if UNAVAILABLE is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return _no_small_step
+    kernel = ctypes.cast(ctypes.CDLL(str(_LIBRARY)).fused_rnn_cell, ctypes.c_void_p).value
+    _C.connect(Tensor, torch.nn.Parameter, kernel)
+    return _C.small_step
 
 
 # Why the native ops cannot be used, or None.
 UNAVAILABLE = _load()
+small_step = _connect()
 
 _BY_ID = {cell.id: cell for cell in CELLS.values()}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from numerics import HALF, assert_as_good_as, integers, signed_permutation
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from fused_rnn.backends import reference
 from fused_rnn.cells import CELLS, Cell
@@ -146,7 +146,7 @@ def _live(T: int, N: int, rows: str) -> Tensor:
     if rows == "scattered":
         return torch.rand(T, N) < 0.7
     lengths = torch.randint(T + 1, (N,))
-    lengths[0], lengths[-1] = 0, T
+    lengths[:1], lengths[-1:] = 0, T
     return torch.arange(T).unsqueeze(1) < lengths
 
 
@@ -262,23 +262,18 @@ def _pair(states: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 def run(layer: Callable[..., Any], problem: Problem) -> dict[str, Tensor]:
     """Outputs, final states and all gradients, by name."""
     leaves = {
-        name: x.detach().requires_grad_()
-        for name, x in problem.operands.items()
-        if x is not None
+        name: x.detach().requires_grad_() for name, x in problem.operands.items() if x is not None
     }
     leaf_problem = replace(problem, operands=problem.operands | leaves)
     outputs = layer(*leaf_problem.arguments(), **leaf_problem.keywords())
     named = {
-        name: x
-        for name, x in zip(("h", "c", "h_n", "c_n"), outputs, strict=True)
-        if x is not None
+        name: x for name, x in zip(("h", "c", "h_n", "c_n"), outputs, strict=True) if x is not None
     }
     assert named.keys() == problem.grads.keys()
     grads = [problem.grads[name].to(x.dtype) for name, x in named.items()]
     torch.autograd.backward(list(named.values()), grads)
     gradients = {
-        f"d{name}": torch.zeros_like(x) if x.grad is None else x.grad
-        for name, x in leaves.items()
+        f"d{name}": torch.zeros_like(x) if x.grad is None else x.grad for name, x in leaves.items()
     }
     return {name: x.detach() for name, x in named.items()} | gradients
 

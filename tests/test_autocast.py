@@ -12,6 +12,9 @@ from fused_rnn.cells import CELLS
 HALF_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in HALF}
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
+
+
 # oneDNN, which runs torch's LSTM, has no float16 on many CPUs: there torch raises. The dtypes to
 # expect are then those of bfloat16, and the accuracy that of torch's own loop.
 def without_onednn(dtype):
@@ -118,4 +121,4 @@ def test_weights_in_the_autocast_dtype_stay_there(cell_kind, backend):
     assert output.dtype in (torch.bfloat16, torch.float32)
     output.float().sum().backward()
     assert {p.grad.dtype for p in ours.parameters()} == {torch.bfloat16}
-    assert H == output.shape[-1]
+    assert output.shape[-1] == H

@@ -217,9 +217,7 @@ def test_inductor_trains(kind):
 def test_packed_input_compiles():
     """Its batch sizes are data, so they are constants of the graph or a graph break is allowed."""
     _, ours = twins("gru", dtype=torch.float64)
-    packed = nn.utils.rnn.pack_sequence(
-        [torch.randn(n, I, dtype=torch.float64) for n in (4, 2, 1)]
-    )
+    packed = nn.utils.rnn.pack_sequence([torch.randn(n, I, dtype=torch.float64) for n in (4, 2, 1)])
     call = torch.compile(ours, backend="aot_eager")
     expected, got = ours(packed), call(packed)
     assert_close(list(tensors(got)), list(tensors(expected)))

@@ -14,8 +14,7 @@ from fused_rnn.backends import BACKENDS
 CASES = {
     info.module_cls.__name__: info
     for info in module_db
-    if info.module_cls
-    in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
+    if info.module_cls in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 }
 
 

@@ -10,6 +10,12 @@ from torch.export import Dim
 from torch.testing import assert_close
 from twins import MODULE_KINDS, H, I, P, states, twins
 
+# Tracing says that it is on the way out, and that sizes which are only checked become constants.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
 SIZES = ((5, 3), (2, 7), (9, 2), (4, 11))
 FORMS = {
     "plain": {},
@@ -70,9 +76,7 @@ def test_export_with_dynamic_sizes(kind, form, given):
 def test_export_of_a_projected_lstm():
     _, ours = twins("lstm", I, H, proj_size=P)
     T, N = Dim("T", min=2, max=4096), Dim("N", min=2, max=4096)
-    exported = torch.export.export(
-        ours, (input_of(ours, 5, 3),), dynamic_shapes=({0: T, 1: N},)
-    )
+    exported = torch.export.export(ours, (input_of(ours, 5, 3),), dynamic_shapes=({0: T, 1: N},))
     for t, n in SIZES:
         input = input_of(ours, t, n)
         assert_close(exported.module()(input), ours(input))
@@ -93,9 +97,7 @@ def test_export_of_a_cell(kind):
 def test_export_does_not_unroll(kind):
     """The graph's length does not depend on T; torch's loop, chosen by auto, would unroll."""
     _, ours = twins(kind)
-    lengths = {
-        len(torch.export.export(ours, (input_of(ours, T, 3),)).graph.nodes) for T in (2, 64)
-    }
+    lengths = {len(torch.export.export(ours, (input_of(ours, T, 3),)).graph.nodes) for T in (2, 64)}
     assert len(lengths) == 1
 
 

@@ -60,9 +60,7 @@ def test_the_oracle_does_what_torchs_cells_do(case):
     for name, expected in oracle.items():
         what = f"{name} of {problem}, torch's cells and the reference"
         # The oracle against itself: what torch does must be within rounding.
-        assert_as_good_as(
-            torchs[name], expected, expected, what, length=problem.length, scale=1.0
-        )
+        assert_as_good_as(torchs[name], expected, expected, what, length=problem.length, scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -65,9 +65,7 @@ def oracle_step(cell: Cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
 def run(step, cell: str, operands, grads) -> dict[str, Tensor]:
     """The new states and all gradients, by name."""
     dtype = operands["x"].dtype
-    leaves = {
-        name: x if x is None else x.detach().requires_grad_() for name, x in operands.items()
-    }
+    leaves = {name: x if x is None else x.detach().requires_grad_() for name, x in operands.items()}
     states = step(CELLS[cell], *leaves.values())[: CELLS[cell].states]
     torch.autograd.backward(states, [dy.to(dtype) for dy in grads[: len(states)]])
     found = {f"d{name}": x.grad for name, x in leaves.items() if x is not None}
@@ -134,6 +132,7 @@ def unfit(operands: dict[str, Tensor | None], name: str, how: str) -> dict[str, 
         "a subclass": lambda: x.as_subclass(Subclass),
         "sparse": lambda: x.to_sparse(),
         "empty": lambda: x[..., :0],
+        "negated": lambda: torch._neg_view(x),
         "one dimension more": lambda: x.unsqueeze(0),
     }[how]()
     return operands | {name: changed}
@@ -153,23 +152,16 @@ UNFIT = (
     "a subclass",
     "sparse",
     "empty",
+    "negated",
     "one dimension more",
 )
 
 
-@grid(
-    lambda cell, name, **_: name != "c" or cell == "lstm", cell=CELLS, name=NAMES, how=UNFIT
-)
+@grid(lambda cell, name, **_: name != "c" or cell == "lstm", cell=CELLS, name=NAMES, how=UNFIT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_small_step_leaves_what_is_not_plain_memory_to_others(cell, name, how, dtype):
     operands = unfit(make_operands(cell, dtype, (2, 5, 25)), name, how)
-    try:
-        result = cpu.small_step(CELLS[cell], *operands.values())
-    except (ValueError, IndexError, RuntimeError) as error:
-        # No sizes to unpack: the caller's own checks say it better.
-        assert how == "one dimension more", error
-    else:
-        assert result is None
+    assert cpu.small_step(CELLS[cell], *operands.values()) is None
 
 
 @grid(cell=CELLS, name=("b_ih", "b_hh"), how=UNFIT)
@@ -183,7 +175,10 @@ def test_a_small_step_looks_at_a_bias_that_is_alone(cell, name, how):
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_small_step_is_for_a_few_rows(cell):
     for N in (0, 5, 100):
-        assert cpu.small_step(CELLS[cell], *make_operands(cell, torch.float32, (N, 5, 8)).values()) is None
+        assert (
+            cpu.small_step(CELLS[cell], *make_operands(cell, torch.float32, (N, 5, 8)).values())
+            is None
+        )
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -275,7 +270,9 @@ def test_nan_and_infinity_pass_as_in_torch(cell, dtype, bad):
         grads = torch.autograd.grad(
             results, leaves, [torch.ones_like(y) for y in results], allow_unused=True
         )
-        grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)]
+        grads = [
+            torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True)
+        ]
         found.append([*results, *grads])
     for place, (value, expected) in enumerate(zip(*found, strict=True)):
         what = f"result {place} of {cell} with {bad} in gx: {dtype}"

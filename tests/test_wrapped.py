@@ -89,8 +89,7 @@ def test_functional_call(kind, cell, backend):
     input = torch.randn(*((3,) if cell else (5, 3)), I, dtype=torch.float64)
     ours(input)  # on its own weights first: nothing of them may stay behind
     weights = {
-        name: torch.randn_like(p).mul_(0.3).requires_grad_()
-        for name, p in ours.named_parameters()
+        name: torch.randn_like(p).mul_(0.3).requires_grad_() for name, p in ours.named_parameters()
     }
     results = []
     for module in (theirs, ours):

@@ -89,7 +89,7 @@ def step(
     module.zero_grad(set_to_none=True)
     if seed is not None:
         torch.manual_seed(seed)
-    outputs = list(tensors((call or module)(input, hx)))
+    outputs = list(tensors((module if call is None else call)(input, hx)))
     results = {f"output {at}": output.detach() for at, output in enumerate(outputs)}
     random = torch.Generator().manual_seed(1)
     torch.autograd.backward(

@@ -10,11 +10,11 @@ namespace FUSED_RNN_NAMESPACE {
 
 using fused_rnn::CellArgs;
 
-inline constexpr int kDotRows = 4;  // weight rows at a time: as many independent sums
+inline constexpr int kDotRows = 8;  // weight rows at a time: as many independent sums
 
-// out[i] = bias[i] + weight[i] . x for `rows` <= kDotRows rows of `weight`, each K long
+// out[i] = weight[i] . x for `rows` <= kDotRows rows of `weight`, each K long
 template <class T, class A = typename Arithmetic<T>::type>
-void dot_rows(const T* weight, const T* bias, const T* x, int64_t K, int rows, A* out) {
+FUSED_RNN_FN void dot_rows(const T* weight, const T* x, int64_t K, int rows, A* out) {
   using V = Vec<A>;
   V sum[kDotRows];
   for (V& s : sum) s = V(0);
@@ -23,7 +23,7 @@ void dot_rows(const T* weight, const T* bias, const T* x, int64_t K, int rows, A
   int64_t k = 0;
   for (; k + V::kWidth <= K; k += V::kWidth) {
     const V input = V::load(x + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kDotRows; ++i) {
       sum[i] = V::load(row[i] + k) * input + sum[i];
       __builtin_prefetch(row[i] + k + kDotRows * K);  // the next rows' turn comes at once
@@ -31,10 +31,10 @@ void dot_rows(const T* weight, const T* bias, const T* x, int64_t K, int rows, A
   }
   if (k < K) {
     const V input = V::load(x + k, K - k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kDotRows; ++i) sum[i] = V::load(row[i] + k, K - k) * input + sum[i];
   }
-  for (int i = 0; i < rows; ++i) out[i] = sum[i].total() + (bias ? widen_one<A>(bias + i) : A(0));
+  for (int i = 0; i < rows; ++i) out[i] = sum[i].total();
 }
 
 template <class Cell, class T>
@@ -55,16 +55,16 @@ void run_cell(const CellArgs& a) {
         for (int64_t i = 0; i < n; i += kDotRows) {
           const int64_t gate = g * a.H + unit + i;
           const int rows = int(n - i < kDotRows ? n - i : kDotRows);
-          dot_rows(at(a.w_ih, gate * a.I), at(a.b_ih, gate), at(a.x, row * a.I), a.I, rows,
-                   input[g] + i);
-          dot_rows(at(a.w_hh, gate * a.H), at(a.b_hh, gate), at(a.h, row * a.H), a.H, rows,
-                   hidden[g] + i);
+          dot_rows(at(a.w_ih, gate * a.I), at(a.x, row * a.I), a.I, rows, input[g] + i);
+          dot_rows(at(a.w_hh, gate * a.H), at(a.h, row * a.H), a.H, rows, hidden[g] + i);
         }
       const int64_t offset = row * a.H + unit;
       X gx[kGates], gh[kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
       for (int g = 0; g < kGates; ++g) {
         gx[g].part[0] = V::load(input[g]);
         gh[g].part[0] = V::load(hidden[g]);
+        if (a.b_ih) gx[g].part[0] = gx[g].part[0] + V::load(at(a.b_ih, g * a.H + unit), n);
+        if (a.b_hh) gh[g].part[0] = gh[g].part[0] + V::load(at(a.b_hh, g * a.H + unit), n);
       }
       if constexpr (Cell::kHiddenIsElementwise) s[0].part[0] = V::load(at(a.h, offset), n);
       if constexpr (Cell::kStates == 2) s[1].part[0] = V::load(at(a.c, offset), n);

@@ -165,9 +165,7 @@ StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTe
 }  // namespace
 }  // namespace fused_rnn
 
-// One step of a cell for a caller that has checked everything: contiguous CPU tensors of one dtype
-// and of the right sizes. Python calls it by address, because an op call costs more than the step.
-extern "C" __attribute__((visibility("default"))) void fused_rnn_cell(
+void fused_rnn_cell(
     int cell, int scalar, int64_t N, int64_t I, int64_t H, const void* x, const void* h,
     const void* c, const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh,
     void* h1, void* c1) {

@@ -169,11 +169,6 @@ struct Vec {
   }
 };
 
-template <class A, class T>
-FUSED_RNN_FN A widen_one(const T* p) {
-  return Vec<A>::load(p, 1).v[0];
-}
-
 // e^r - 1 by its Taylor series; with |r| <= ln(2)/2 what is cut off is below half an ulp. Pairs of
 // terms, then Horner in r^2: half the latency of Horner in r.
 template <class A>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +19,7 @@ __all__ = ["NAME", "available", "cell_step", "explain", "layer", "supports"]
 
 NAME = "cpu"
 
-# In the order of csrc/cpu/kernels.h.
-_SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_PLAIN = {Tensor, torch.nn.Parameter}
-_shape, _kind = attrgetter("shape"), attrgetter("dtype", "is_cpu")
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Up to here one pass over the weights beats two GEMMs and their calls.
 _SMALL_ROWS = 4
 _NOT_YET = ("h_mask", "keep")
@@ -36,7 +32,7 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on the CPU, and the input is on {problem.device}"
-    if problem.dtype not in _SCALARS:
+    if problem.dtype not in _DTYPES:
         return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
     missing = [option for option in problem.options if option in _NOT_YET]
     if missing:
@@ -76,39 +72,14 @@ def small_step(
 ) -> tuple[Tensor, Tensor | None] | None:
     """:func:`cell_step` in one pass over the weights, for a few rows and no gradient.
 
-    The caller has made sure that nothing watches the computation. The kernel is called by address,
-    past the dispatcher, which takes longer than the step itself; so what it reads is checked here,
-    and ``None`` says that it is not plain contiguous memory of the right size.
+    The caller has made sure that nothing watches the computation: this goes past the dispatcher,
+    which takes longer than the step itself. ``None`` says that an operand is not plain contiguous
+    memory of the right size, or that there are too many rows.
     """
-    n, size = x.shape
-    hidden = h.shape[1]
-    gates = cell.gates * hidden
-    state, bias = (n, hidden), (gates,)
-    operands = [x, h, w_ih, w_hh]
-    expected = [(n, size), state, (gates, size), (gates, hidden)]
-    if c is not None:
-        operands.append(c)
-        expected.append(state)
-    if b_ih is not None and b_hh is not None:
-        operands += b_ih, b_hh
-        expected += bias, bias
-    kind = (x.dtype, True)
-    if (
-        not 0 < n <= _SMALL_ROWS
-        or list(map(_shape, operands)) != expected
-        or set(map(_kind, operands)) != {kind}
-        or not _PLAIN.issuperset(map(type, operands))
-        or not all(map(Tensor.is_contiguous, operands))
-    ):
+    if x.size(0) > _SMALL_ROWS or x.is_neg() or h.is_neg():
         return None
     h1 = torch.empty_like(h)
     c1 = None if c is None else torch.empty_like(c)
-    native.LIBRARY.fused_rnn_cell(
-        cell.id,
-        _SCALARS[x.dtype],
-        n,
-        size,
-        hidden,
-        *(None if t is None else t.data_ptr() for t in (x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1)),
-    )
+    if not native.small_step(cell.id, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1):
+        return None
     return h1, c1

@@ -1,0 +1,186 @@
+"""Threads: the same bits on any number of them, and never a hang, whatever the thread settings.
+
+Settings of the thread pool are read once a process, so each case is a process of its own.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layers import make_problem, run
+from numerics import cases, needs_native
+
+from fused_rnn.autograd import layer
+from fused_rnn.cells import CELLS
+
+pytestmark = needs_native
+
+HERE = Path(__file__).resolve().parent
+# How much slower than one thread a process may be whose threads have fewer cores than they think.
+SLOWER = 5
+# A hang is what lasts longer than this; the slowest case takes seconds on a busy machine.
+TIMEOUT_S = 180
+
+
+def bits(problem, threads: int) -> dict[str, torch.Tensor]:
+    torch.set_num_threads(threads)
+    try:
+        return run(layer, problem)
+    finally:
+        torch.set_num_threads(1)
+
+
+def loop_results(problem) -> list[str]:
+    """What the time loop itself computes; weights' gradients are torch's GEMMs after it."""
+    return [name for name in (*problem.grads, "dx", "dh0", "dc0") if name in known(problem)]
+
+
+def known(problem) -> set[str]:
+    given = {f"d{name}" for name, x in problem.operands.items() if x is not None}
+    return given | set(problem.grads)
+
+
+@cases(
+    cell=CELLS,
+    dtype=(torch.float32, torch.bfloat16),
+    # Enough arithmetic for several threads; rows that they do not divide; fewer rows than threads.
+    shape=((40, 7, 96), (12, 33, 64), (200, 3, 64)),
+    control=(False, True),
+    rows=("", "packed"),
+    reverse=(False, True),
+)
+def test_the_loop_gives_the_same_bits_on_any_number_of_threads(case):
+    problem = make_problem(**case)
+    one = bits(problem, 1)
+    for threads in (2, 4, 4):
+        several = bits(problem, threads)
+        for name in loop_results(problem):
+            what = f"{name} of {problem} on {threads} threads"
+            assert torch.equal(one[name], several[name]), what
+
+
+@cases(cell=CELLS, dtype=(torch.float32, torch.bfloat16), threads=(1, 2, 4))
+def test_a_run_repeats_bit_for_bit(case):
+    threads = case.pop("threads")
+    problem = make_problem(shape=(40, 7, 96), **case)
+    first, second = bits(problem, threads), bits(problem, threads)
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), f"{name} of {problem} on {threads} threads"
+
+
+# Runs in a process of its own: what the settings do to time and results, against one thread.
+PROGRAM = """
+import ctypes, sys, threading, time
+import torch
+from layers import make_problem, run
+from fused_rnn.autograd import layer
+
+threads, callers, nested = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "nested"
+torch.manual_seed(0)
+# Some 50 ms on one thread: next to that, a time slice that a thread waits for counts little.
+problems = [make_problem(cell, torch.float32, (200, 33, 96)) for cell in ("lstm", "gru")]
+
+def once():
+    return [run(layer, problem) for problem in problems]
+
+def timed(call):
+    # The best of some: how long it takes when nobody else has the machine.
+    found = []
+    for _ in range(5):
+        start = time.perf_counter()
+        result = call()
+        found.append(time.perf_counter() - start)
+    return min(found), result
+
+torch.set_num_threads(1)
+once()
+alone, expected = timed(once)
+torch.set_num_threads(threads)
+
+def check(results):
+    for ours, theirs in zip(results, expected, strict=True):
+        for name, value in theirs.items():
+            # Weights' gradients are torch's GEMMs, whose order of summation is torch's affair.
+            if name.startswith("dw") or name.startswith("db"):
+                torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-4)
+            else:
+                assert torch.equal(ours[name], value), name
+
+def everyone():
+    results = [None] * callers
+    def call(place):
+        results[place] = once()
+    workers = [threading.Thread(target=call, args=(i,)) for i in range(callers)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return results
+
+def inside():
+    # An OpenMP region, entered as compiled code enters it.
+    with open("/proc/self/maps") as maps:
+        path = next(line.split()[-1] for line in maps if "libgomp" in line)
+    results = []
+    entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: results.append(once()))
+    ctypes.CDLL(path).GOMP_parallel(entry, None, callers, 0)
+    assert len(results) == callers, "OpenMP gave fewer threads"
+    return results
+
+call = inside if nested else everyone if callers > 1 else lambda: [once()]
+call()
+together, results = timed(call)
+for result in results:
+    check(result)
+print(together / alone / callers)
+"""
+
+
+def in_a_process(
+    threads: int, callers: int = 1, how: str = "flat", prefix: tuple[str, ...] = (), **settings: str
+) -> float:
+    """How many times as long as one thread takes; results are checked in the process."""
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    command = [*prefix, sys.executable, "-c", PROGRAM, str(threads), str(callers), how]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": path} | settings,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout.split()[-1])
+
+
+def test_fewer_threads_may_come_than_were_asked_for():
+    assert in_a_process(4, OMP_NUM_THREADS="4", OMP_THREAD_LIMIT="2") < SLOWER
+
+
+def test_eight_threads_on_one_core():
+    taskset = shutil.which("taskset")
+    if taskset is None:
+        pytest.skip("needs taskset")
+    core = str(min(os.sched_getaffinity(0)))
+    assert in_a_process(8, prefix=(taskset, "-c", core), OMP_NUM_THREADS="8") < SLOWER
+
+
+def test_four_python_threads_at_once():
+    assert in_a_process(2, callers=4, OMP_NUM_THREADS="2") < SLOWER
+
+
+def test_inside_another_parallel_region():
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or "libgomp" not in maps.read_text():
+        pytest.skip("needs a torch whose threads are libgomp's")
+    assert in_a_process(2, callers=3, how="nested", OMP_NUM_THREADS="2") < SLOWER
+
+
+@pytest.mark.parametrize("settings", [{"OMP_DYNAMIC": "true"}, {"OMP_WAIT_POLICY": "active"}])
+def test_other_settings_of_openmp(settings):
+    assert in_a_process(2, OMP_NUM_THREADS="2", **settings) < SLOWER
