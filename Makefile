@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
 SANITIZED := build/sanitized
-SANITIZED_TESTS := tests/test_op.py
+SANITIZED_TESTS := -m op
 
 .PHONY: help bench test full sanitize lint format build compiled clean
 help:  ## print this list

@@ -2,8 +2,8 @@
 // gate is computed.
 //
 // A is the arithmetic type: float, double, or a SIMD vector of either. The functions call exp,
-// tanh, select and reciprocal unqualified, so that each A brings its own. An operand that is half precision in
-// memory is widened before it gets here.
+// tanh, select and reciprocal unqualified, so that each A brings its own. An operand that is half
+// precision in memory is widened before it gets here.
 //
 //   gx, gh   [G]  the input half and the recurrent half of each gate, biases included
 //   s, s1    [S]  states before and after the step: s[0] = h, s[1] = c

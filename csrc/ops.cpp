@@ -64,7 +64,8 @@ class Operands {
     STD_TORCH_CHECK(x.device() == like_.device(), "fused_rnn: ", name,
                     " is on another device than gx; move it there with .to(gx.device)");
     STD_TORCH_CHECK(x.scalar_type() == type || is_state_type(x.scalar_type(), type),
-                    "fused_rnn: ", name, " has another dtype than expected; gx, the weights and "
+                    "fused_rnn: ", name,
+                    " has another dtype than expected; gx, the weights and "
                     "the states must agree, control is uint8 and rows is int32");
     const Tensor typed = x.scalar_type() == type ? x : torch::stable::to(x, type);
     return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
@@ -97,8 +98,9 @@ void check_rows(const Tensor& rows, int64_t count) {
   int64_t used = 0;
   for (int64_t i = 0; i < rows.numel(); ++i) {
     if (row[i] < 0) continue;
-    STD_TORCH_CHECK(row[i] < count && !seen[static_cast<size_t>(row[i])], "fused_rnn: rows names row ",
-                    row[i], " twice, or it is outside of the ", count, " rows of gx");
+    STD_TORCH_CHECK(row[i] < count && !seen[static_cast<size_t>(row[i])],
+                    "fused_rnn: rows names row ", row[i], " twice, or it is outside of the ", count,
+                    " rows of gx");
     seen[static_cast<size_t>(row[i])] = true;
     ++used;
   }
@@ -160,8 +162,7 @@ struct Problem {
     layer.w_hr = hold(operands.get("w_hr", options.w_hr, {layer.R, layer.H}, io));
     layer.control = static_cast<const uint8_t*>(
         hold(operands.get("control", options.control, {layer.T, layer.N}, ScalarType::Byte)));
-    const auto rows =
-        operands.get("rows", options.rows, {layer.T, layer.N}, ScalarType::Int);
+    const auto rows = operands.get("rows", options.rows, {layer.T, layer.N}, ScalarType::Int);
     if (rows) check_rows(*rows, M);
     layer.rows = static_cast<const int32_t*>(hold(rows));
   }
@@ -182,8 +183,7 @@ struct Problem {
 
 ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, const Tensor& w_hh,
                         const OptionalTensor& b_hh, const OptionalTensor& h0,
-                        const OptionalTensor& c0, bool reverse, Save save,
-                        const Options& options) {
+                        const OptionalTensor& c0, bool reverse, Save save, const Options& options) {
   Problem p(cell, gx, w_hh, reverse, options);
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
   const bool has_c = p.cell.states == 2;

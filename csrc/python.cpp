@@ -125,8 +125,7 @@ bool small_step(int cell, pybind11::handle x, pybind11::handle h, pybind11::hand
                 pybind11::handle b_hh, pybind11::handle h1, pybind11::handle c1) {
   DLTensor input, state;
   if (!connection.kernel || !Plain::view(x, &input) || !Plain::view(h, &state)) return false;
-  if (input.ndim != 2 || state.ndim != 2 || cell < 0 || cell >= fused_rnn::kCellCount)
-    return false;
+  if (input.ndim != 2 || state.ndim != 2 || cell < 0 || cell >= fused_rnn::kCellCount) return false;
   const int scalar = scalar_of(input.dtype);
   const int64_t N = input.shape[0], I = input.shape[1], H = state.shape[1];
   const int64_t gates = fused_rnn::kCellShapes[cell].gates * H;

@@ -22,7 +22,7 @@ class _Layer(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(cell: Cell, reverse: bool, control, rows, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr):  # type: ignore[override]
+    def forward(cell: Cell, reverse: bool, control, rows, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr):
         options = (control, rows, w_hr, None, None)
         if w_ih is None:
             return ops.layer(cell.id, x, w_hh, b_hh, h0, c0, reverse, True, *options)
@@ -41,7 +41,7 @@ class _Layer(torch.autograd.Function):
         ctx.save_for_backward(*tensors, h, c, saved)
 
     @staticmethod
-    def backward(ctx: Any, dh, dc, dh_n, dc_n, _):  # type: ignore[override]
+    def backward(ctx: Any, dh, dc, dh_n, dc_n, _):
         control, rows, *inputs, h, c, saved = ctx.saved_tensors
         loop = {"reverse": ctx.reverse, "control": control, "rows": rows}
         grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[4:]
@@ -101,11 +101,9 @@ def _differentiable_backward(cell: Cell, inputs, grads, needs, loop):
     Differentiated are aliases of the inputs, so that an input computed from another one does not
     count twice.
     """
-    aliases = [x if x is None else x.view_as(x) for x in inputs]
+    aliases: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
     x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = aliases
-    outputs = reference.layer(
-        cell, x, w_hh, b_hh, h0, c0, w_ih=w_ih, b_ih=b_ih, w_hr=w_hr, **loop
-    )
+    outputs = reference.layer(cell, x, w_hh, b_hh, h0, c0, w_ih=w_ih, b_ih=b_ih, w_hr=w_hr, **loop)
     return _gradients(outputs, grads, aliases, needs)
 
 
@@ -113,7 +111,7 @@ class _Step(torch.autograd.Function):
     """One step of one layer, its two products given."""
 
     @staticmethod
-    def forward(cell: Cell, gx, gh, h, c):  # type: ignore[override]
+    def forward(cell: Cell, gx, gh, h, c):
         return ops.step(cell.id, gx, gh, h, c, True)
 
     @staticmethod
@@ -125,7 +123,7 @@ class _Step(torch.autograd.Function):
         ctx.save_for_backward(*tensors, h1, c1, saved)
 
     @staticmethod
-    def backward(ctx: Any, dh1, dc1, _):  # type: ignore[override]
+    def backward(ctx: Any, dh1, dc1, _):
         cell = ctx.cell
         gx, gh, h, c, h1, c1, saved = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -138,7 +136,8 @@ class _Step(torch.autograd.Function):
 
 
 def _differentiable_step_backward(cell: Cell, inputs, grads, needs):
-    gx, gh, h, c = aliases = [x if x is None else x.view_as(x) for x in inputs]
+    aliases: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
+    gx, gh, h, c = aliases
     return _gradients(cell.step(gx, gh, (h, c)[: cell.states]), grads, aliases, needs)
 
 

@@ -334,6 +334,7 @@ def describe(
         grad=needs_grad((input, *(states or ()), *(x for w in weights for x in w))),
         packed=batch_sizes is not None,
         compiling=torch.compiler.is_compiling(),
+        transformed=is_transformed(),
     )
 
 
@@ -353,7 +354,22 @@ def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) 
         grad=needs_grad((input, *(states or ()), *w)),
         packed=False,
         compiling=torch.compiler.is_compiling(),
+        transformed=is_transformed(),
     )
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode AD or a ``torch.func`` transform has to see each operation.
+
+    One level of ``torch.func.grad`` is an ordinary backward.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack()
+    plain = torch._C._functorch.TransformType.Grad
+    return stack is not None and not (len(stack) == 1 and stack[0].key() == plain)
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:

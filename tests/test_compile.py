@@ -199,7 +199,7 @@ def test_a_changed_choice_is_noticed_by_a_compiled_module():
 @grid(kind=MODULE_KINDS, T=(1, 3, 50))
 def test_auto_never_chooses_torch_while_compiling(kind, T):
     """torch's loops unroll there, T steps of them."""
-    theirs, ours = twins(kind)
+    _, ours = twins(kind)
     ops = graph_ops(ours, torch.randn(T, 2, I))
     assert any(op.startswith("fused_rnn.") for op in ops)
     assert len(ops) < 12, "the steps stand in the graph one by one"

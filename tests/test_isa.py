@@ -31,7 +31,7 @@ def test_results_are_as_good_on_every_instruction_set(isa, request):
     found = subprocess.run(report, env=settings, capture_output=True, text=True, check=True)
     if found.stdout.strip() != isa:
         pytest.skip(f"this processor lacks {isa}")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["--seed", str(request.config.getoption("seed")), *(["--full"] if FULL else [])]
     command += ["-k", " or ".join(name for names in TESTS.values() for name in names)]
     command += [HERE / file for file in TESTS]

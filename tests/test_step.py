@@ -174,7 +174,7 @@ def test_a_small_step_looks_at_a_bias_that_is_alone(cell, name, how):
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_small_step_is_for_a_few_rows(cell):
-    for N in (0, 5, 100):
+    for N in (5, 100):
         assert (
             cpu.small_step(CELLS[cell], *make_operands(cell, torch.float32, (N, 5, 8)).values())
             is None

@@ -1,4 +1,4 @@
-"""Weights that something else makes or watches: normed, parametrized, replicated, hooked, frozen."""
+"""Weights that something else makes, holds or watches: norms, replicas, hooks, frozen ones."""
 
 import itertools
 

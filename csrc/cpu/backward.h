@@ -152,8 +152,7 @@ class Backward {
   const T* state_before(const void* states, const void* initial, const Live& row,
                         int64_t width) const {
     if (row.previous >= 0) return static_cast<const T*>(states) + row.previous * width;
-    if (row.previous == kInitial && initial)
-      return static_cast<const T*>(initial) + row.n * width;
+    if (row.previous == kInitial && initial) return static_cast<const T*>(initial) + row.n * width;
     return zeros;
   }
 
@@ -164,8 +163,7 @@ class Backward {
       x[j] = total;
       for (int64_t unit = 0; unit < a.R; unit += kWidth) {
         const int64_t n = a.R - unit;
-        const V dh =
-            add(V::load(dh0(live[j].n) + unit, n), a.dh, live[j].index * a.R + unit, n);
+        const V dh = add(V::load(dh0(live[j].n) + unit, n), a.dh, live[j].index * a.R + unit, n);
         dh.store(total + unit, n);
         dh.store(static_cast<T*>(a.dh_total) + live[j].index * a.R + unit, n);
       }

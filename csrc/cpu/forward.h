@@ -194,7 +194,8 @@ class Forward {
       if (!a.save) return;
       if constexpr (Cell::kStates == 2) s1[1].part[k].store(row[k].c_out + unit, n);
 #pragma GCC unroll 4
-      for (int i = 0; i < Cell::kSaved; ++i) saved[i].part[k].store(row[k].saved + i * a.H + unit, n);
+      for (int i = 0; i < Cell::kSaved; ++i)
+        saved[i].part[k].store(row[k].saved + i * a.H + unit, n);
     });
   }
 
@@ -202,8 +203,7 @@ class Forward {
     for (int64_t j = 0; j < count; ++j) x[j] = unprojected + who[j] * a.H;
     multiply(weights.projection, x, count, [&](int64_t j, int64_t unit, int64_t n, V h) {
       h.store(state_after(who[j], live[j].index) + unit, n);
-      if constexpr (!kReadsOutput)
-        h.store(static_cast<T*>(a.h) + live[j].index * a.R + unit, n);
+      if constexpr (!kReadsOutput) h.store(static_cast<T*>(a.h) + live[j].index * a.R + unit, n);
     });
   }
 

@@ -23,8 +23,7 @@ inline const Isa kIsas[] = {
      }},
 #endif
 #ifdef FUSED_RNN_HAS_AVX2
-    {"avx2",
-     [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }},
+    {"avx2", [] { return bool(__builtin_cpu_supports("avx2")) && __builtin_cpu_supports("fma"); }},
 #endif
     {"baseline", [] { return true; }},
 };

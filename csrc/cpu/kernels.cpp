@@ -41,8 +41,7 @@ constexpr fused_rnn::Loop<Args> make_loop() {
 }
 
 template <class Cell, class T>
-constexpr auto forward_loop =
-    make_loop<ForwardArgs, ForwardWeights<Cell, T>, Forward<Cell, T>>();
+constexpr auto forward_loop = make_loop<ForwardArgs, ForwardWeights<Cell, T>, Forward<Cell, T>>();
 template <class Cell, class T>
 constexpr auto backward_loop =
     make_loop<BackwardArgs, BackwardWeights<Cell, T>, Backward<Cell, T>>();

@@ -40,5 +40,5 @@ enum Scalar : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kScalarCo
 // and of the right sizes.
 extern "C" __attribute__((visibility("default"))) void fused_rnn_cell(
     int cell, int scalar, int64_t N, int64_t I, int64_t H, const void* x, const void* h,
-    const void* c, const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh,
-    void* h1, void* c1);
+    const void* c, const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh, void* h1,
+    void* c1);

@@ -9,8 +9,8 @@
 #include "isa.h"
 #include "kernels.h"
 
-#define FUSED_RNN_DECLARE_ISA(isa)           \
-  namespace fused_rnn_##isa {                \
+#define FUSED_RNN_DECLARE_ISA(isa)                \
+  namespace fused_rnn_##isa {                     \
     const fused_rnn::Kernels& kernels_float();    \
     const fused_rnn::Kernels& kernels_double();   \
     const fused_rnn::Kernels& kernels_bfloat16(); \
@@ -33,8 +33,8 @@ Scalar scalar_of(ScalarType type) {
   }
 }
 
-#define FUSED_RNN_KERNELS(isa)                                                        \
-  {fused_rnn_##isa::kernels_float, fused_rnn_##isa::kernels_double,                   \
+#define FUSED_RNN_KERNELS(isa)                                      \
+  {fused_rnn_##isa::kernels_float, fused_rnn_##isa::kernels_double, \
    fused_rnn_##isa::kernels_bfloat16, fused_rnn_##isa::kernels_half}
 
 const Kernels& (*const kKernels[][kScalarCount])() = {
@@ -53,8 +53,8 @@ const Kernels& best_kernels(Scalar scalar) { return kKernels[&best_isa() - kIsas
 constexpr double kFlopsPerThread = 1e6;
 
 int64_t thread_count(const Layer& layer) {
-  const double flops = 2.0 * double(layer.T) * double(layer.N) * double(layer.R) *
-                       double(layer.H) * double(kCellShapes[layer.cell].gates);
+  const double flops = 2.0 * double(layer.T) * double(layer.N) * double(layer.R) * double(layer.H) *
+                       double(kCellShapes[layer.cell].gates);
   int64_t threads = torch::stable::get_num_threads();
   if (threads > layer.N) threads = layer.N;
   if (double(threads) > 1 + flops / kFlopsPerThread) threads = 1 + int64_t(flops / kFlopsPerThread);
@@ -86,8 +86,7 @@ template <class Args>
 void run(const Loop<Args>& loop, const Args& args) {
   const int64_t threads = thread_count(args);
   // The first share is a largest one or one row short of it.
-  const size_t per_thread =
-      loop.scratch_bytes(args, {0, 1, (args.N + threads - 1) / threads}) + 64;
+  const size_t per_thread = loop.scratch_bytes(args, {0, 1, (args.N + threads - 1) / threads}) + 64;
   const size_t weight_bytes = (loop.weight_bytes(args) + 63) / 64 * 64;
   const Memory memory(weight_bytes + size_t(threads) * ((per_thread + 63) / 64 * 64));
   char* scratch = memory.data + weight_bytes;
@@ -109,9 +108,8 @@ void backward(const BackwardArgs& args, ScalarType io) {
 void run_rows(StepFunction step, const StepArgs& args) {
   // A unit takes some 10 ns of arithmetic; a thread is worth waking for 50 us of it.
   const int64_t rows_per_thread = 1 + 5000 / (args.H ? args.H : 1);
-  torch::stable::parallel_for(
-      0, args.N, rows_per_thread,
-      [&](int64_t begin, int64_t end) { step(args, begin, end); });
+  torch::stable::parallel_for(0, args.N, rows_per_thread,
+                              [&](int64_t begin, int64_t end) { step(args, begin, end); });
 }
 
 void step(const StepArgs& args, ScalarType io) {
@@ -124,29 +122,27 @@ void step_backward(const StepArgs& args, ScalarType io) {
 constexpr Device kCpu = {forward, backward, step, step_backward};
 
 ForwardResult layer_op(int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0,
-                    OptionalTensor c0, bool reverse, bool save, OptionalTensor control,
-                    OptionalTensor rows, OptionalTensor w_hr, OptionalTensor h_mask,
-                    OptionalTensor keep) {
+                       OptionalTensor c0, bool reverse, bool save, OptionalTensor control,
+                       OptionalTensor rows, OptionalTensor w_hr, OptionalTensor h_mask,
+                       OptionalTensor keep) {
   return run_layer(kCpu, cell, gx, w_hh, b_hh, h0, c0, reverse,
-                   save ? Save::kInNewMemory : Save::kNothing,
-                   {control, rows, w_hr, h_mask, keep});
+                   save ? Save::kInNewMemory : Save::kNothing, {control, rows, w_hr, h_mask, keep});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_in_place_op(
-    int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0,
-    OptionalTensor c0, bool reverse, OptionalTensor control, OptionalTensor rows,
-    OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
+    int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0, OptionalTensor c0,
+    bool reverse, OptionalTensor control, OptionalTensor rows, OptionalTensor w_hr,
+    OptionalTensor h_mask, OptionalTensor keep) {
   auto [h, c, h_n, c_n, saved] = run_layer(kCpu, cell, gx, w_hh, b_hh, h0, c0, reverse,
-                                           Save::kInPlaceOfGx,
-                                           {control, rows, w_hr, h_mask, keep});
+                                           Save::kInPlaceOfGx, {control, rows, w_hr, h_mask, keep});
   return {h, c, h_n, c_n};
 }
 
 BackwardResult layer_backward_op(int64_t cell, OptionalTensor dh, OptionalTensor dc,
-                              OptionalTensor dh_n, OptionalTensor dc_n, Tensor h, Tensor c,
-                              Tensor saved, Tensor w_hh, OptionalTensor h0, OptionalTensor c0,
-                              bool reverse, OptionalTensor control, OptionalTensor rows,
-                              OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
+                                 OptionalTensor dh_n, OptionalTensor dc_n, Tensor h, Tensor c,
+                                 Tensor saved, Tensor w_hh, OptionalTensor h0, OptionalTensor c0,
+                                 bool reverse, OptionalTensor control, OptionalTensor rows,
+                                 OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
   return run_layer_backward(kCpu, cell, {dh, dc, dh_n, dc_n}, {h, c, saved, w_hh, h0, c0}, reverse,
                             {control, rows, w_hr, h_mask, keep});
 }
@@ -155,9 +151,8 @@ StepResult step_op(int64_t cell, Tensor gx, Tensor gh, Tensor h, OptionalTensor 
   return run_step(kCpu, cell, gx, gh, h, c, save);
 }
 
-StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTensor dc1,
-                                    Tensor h1, Tensor c1, Tensor saved, Tensor h,
-                                    OptionalTensor c) {
+StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTensor dc1, Tensor h1,
+                                    Tensor c1, Tensor saved, Tensor h, OptionalTensor c) {
   return run_step_backward(kCpu, cell, {dh1, dc1, std::nullopt, std::nullopt},
                            {h1, c1, saved, std::nullopt, h, c});
 }
@@ -165,10 +160,9 @@ StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTe
 }  // namespace
 }  // namespace fused_rnn
 
-void fused_rnn_cell(
-    int cell, int scalar, int64_t N, int64_t I, int64_t H, const void* x, const void* h,
-    const void* c, const void* w_ih, const void* w_hh, const void* b_ih, const void* b_hh,
-    void* h1, void* c1) {
+void fused_rnn_cell(int cell, int scalar, int64_t N, int64_t I, int64_t H, const void* x,
+                    const void* h, const void* c, const void* w_ih, const void* w_hh,
+                    const void* b_ih, const void* b_hh, void* h1, void* c1) {
   fused_rnn::best_kernels(fused_rnn::Scalar(scalar))
       .cell[cell]({N, I, H, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1});
 }

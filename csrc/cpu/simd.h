@@ -51,8 +51,7 @@ struct Format<float> {
   typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
   static constexpr int kMantissa = 23, kBias = 127, kTaylor = 7;
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
-  static constexpr float kLog2e = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f,
-                         kLn2Low = 0x1.7f7d1cp-20f;
+  static constexpr float kLog2e = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kExpMax = 87.f, kTanhMax = 20.f;
 };
 template <>
@@ -152,8 +151,8 @@ struct Vec {
   static FUSED_RNN_FN Vec widen(const Half* p) {
     const Bits bits = widen_bits(&p->bits), magnitude = bits & 0x7fff;
     const Raw finite = reinterpret_cast<Raw>(magnitude << 13) * 0x1p112f;
-    const Bits value = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000u
-                                           : reinterpret_cast<Bits>(finite);
+    const Bits value =
+        magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000u : reinterpret_cast<Bits>(finite);
     return reinterpret_cast<Raw>(value | ((bits & 0x8000) << 16));
   }
   FUSED_RNN_FN void narrow(Half* p) const {  // round to nearest even
@@ -272,7 +271,9 @@ struct Several {
   Vec<A> part[K];
 
   Several() = default;
-  FUSED_RNN_FN explicit Several(A x) { each([&](int k) { part[k] = Vec<A>(x); }); }
+  FUSED_RNN_FN explicit Several(A x) {
+    each([&](int k) { part[k] = Vec<A>(x); });
+  }
 
   template <class Body>
   static FUSED_RNN_FN void each(Body body) {
