@@ -23,6 +23,11 @@ def without_onednn(dtype):
     return contextlib.nullcontext()
 
 
+def torch_can(kind, cell, backend, half, input_half=False, **_):
+    """backend="torch" meets the same refusal of oneDNN that torch.nn.LSTM does."""
+    return (kind, cell, backend, half, input_half) != ("lstm", False, "torch", "float16", False)
+
+
 def to_bfloat16(tensor):
     return tensor.to(torch.bfloat16)
 
@@ -36,7 +41,7 @@ def under(dtype, module):
 
 
 @grid(
-    lambda cell, packed, **_: not (cell and packed),
+    lambda cell, packed, **case: not (cell and packed) and torch_can(cell=cell, **case),
     kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, half=HALF_NAMES,
     input_half=(False, True), given=(True, False), packed=(False, True), grad=(True, False),
 )  # fmt: skip
@@ -60,7 +65,7 @@ def test_dtypes_are_torchs(kind, cell, backend, half, input_half, given, packed,
     assert all(t.requires_grad == grad for t in got)
 
 
-@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, half=HALF_NAMES)
+@grid(torch_can, kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, half=HALF_NAMES)
 def test_results_and_gradients_are_as_good_as_torchs(kind, cell, backend, half):
     """Against float64 from the rounded weights and input, which is what autocast computes from."""
     dtype = HALF_NAMES[half]

@@ -127,7 +127,7 @@ def faster_than_torch(problem: Problem) -> bool:
     for everything else, ours is faster.
     """
     if problem.T == 0:
-        return not problem.grad and problem.N <= 4
+        return not problem.grad and problem.N <= cpu.SMALL_ROWS
     onednn = (
         problem.cell == "lstm"
         and problem.dtype is float32

@@ -21,7 +21,7 @@ NAME = "cpu"
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Up to here one pass over the weights beats two GEMMs and their calls.
-_SMALL_ROWS = 4
+SMALL_ROWS = 4
 _NOT_YET = ("h_mask", "keep")
 
 
@@ -43,7 +43,14 @@ def supports(problem: Problem) -> str | None:
 
 
 def explain(problem: Problem) -> str:
-    return "one native call a layer and direction"
+    if problem.T == 0 and not problem.grad and problem.N <= SMALL_ROWS:
+        return "one pass over the weights, past the dispatcher"
+    if problem.T == 0:
+        return "torch's two GEMMs, then one native pointwise kernel"
+    return (
+        "one GEMM for the input of all steps, then the whole time loop in one native call, the "
+        "batch split over threads; the loop's results are bit-equal on any number of threads"
+    )
 
 
 def cell_step(
@@ -78,7 +85,7 @@ def small_step(
     which takes longer than the step itself. ``None`` says that an operand is not plain contiguous
     memory of the right size, or that there are too many rows.
     """
-    if x.size(0) > _SMALL_ROWS or x.is_neg() or h.is_neg():
+    if x.size(0) > SMALL_ROWS or x.is_neg() or h.is_neg():
         return None
     h1 = torch.empty_like(h)
     c1 = None if c is None else torch.empty_like(c)
