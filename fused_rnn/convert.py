@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -19,7 +20,6 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.GRUCell: cell_modules.GRUCell,
 }
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
-_TORCH_TYPES: tuple[type[nn.Module], ...] = tuple(_OURS)
 
 
 def convert(model: nn.Module, backend: str = "auto") -> nn.Module:
@@ -42,22 +42,14 @@ def convert(model: nn.Module, backend: str = "auto") -> nn.Module:
         >>> model = fused_rnn.convert(model)
     """
     check_name(backend)
-    left = [
-        f"{name or 'the model itself'} ({type(m).__module__}.{type(m).__qualname__})"
-        for name, m in model.named_modules()
-        if isinstance(m, _TORCH_TYPES) and _plain_type(m) not in _OURS
-    ]
-    if left:
-        warnings.warn(
-            f"convert left these subclasses of torch.nn's modules as they are: {', '.join(left)}; "
-            "to convert one, derive it from fused_rnn's module of the same name",
-            stacklevel=2,
-        )
+    _warn_of_subclasses("convert", "torch.nn", "fused_rnn", model, _OURS)
     return _replace(model, _OURS, {"backend": backend})
 
 
 def revert(model: nn.Module) -> nn.Module:
     """Undo :func:`convert`: replace each of our modules in ``model`` by torch.nn's.
+
+    Subclasses of ours are left as they are; a warning names them.
 
     Args:
         model: changed in place, unless it is itself one of our modules.
@@ -74,7 +66,24 @@ def revert(model: nn.Module) -> nn.Module:
                 f"cannot revert {name or 'the model itself'}: its backend={m.backend!r} has no "
                 "counterpart in torch.nn; set its backend to 'auto' first"
             )
+    _warn_of_subclasses("revert", "fused_rnn", "torch.nn", model, _TORCHS)
     return _replace(model, _TORCHS, {})
+
+
+def _warn_of_subclasses(
+    verb: str, family: str, other: str, model: nn.Module, types: dict[type[nn.Module], Any]
+) -> None:
+    left = [
+        f"{name or 'the model itself'} ({type(m).__module__}.{type(m).__qualname__})"
+        for name, m in model.named_modules()
+        if isinstance(m, tuple(types)) and _plain_type(m) not in types
+    ]
+    if left:
+        warnings.warn(
+            f"{verb} left these subclasses of {family}'s modules as they are: {', '.join(left)}; "
+            f"to {verb} one, derive it from {other}'s module of the same name",
+            stacklevel=3,
+        )
 
 
 def _plain_type(module: nn.Module) -> type[nn.Module]:
@@ -114,4 +123,8 @@ def _as(
             for key, hook in value.items():
                 if getattr(hook, "with_module", False):
                     value[key] = type(hook)(hook.hook, new)
+    if "_flat_weights" in new.__dict__:
+        # torch.nn's forward leaves what a parametrization computed there: no deepcopy takes that.
+        flat = new.__dict__["_flat_weights"]
+        new.__dict__["_flat_weights"] = [w if w is None or w.is_leaf else None for w in flat]
     return new

@@ -213,13 +213,11 @@ class RNN(SequenceModule):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        *,
+        *args: Any,
         backend: str = "auto",
+        **kwargs: Any,
     ) -> None:
-        if proj_size is not None:
+        if "proj_size" in kwargs:
             raise ValueError(_PROJ_SIZE)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(
@@ -235,9 +233,9 @@ class RNN(SequenceModule):
             batch_first,
             dropout,
             bidirectional,
-            device=device,
-            dtype=dtype,
+            *args,
             backend=backend,
+            **kwargs,
         )
 
 
@@ -331,13 +329,6 @@ class LSTM(SequenceModule):
             return hx
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
-    def _check(self, data: Tensor, hx: Any, batch_sizes: Tensor | None, weight: Tensor) -> None:
-        if batch_sizes is None:
-            super()._check(data, hx, batch_sizes, weight)
-        elif hx is not None:
-            # torch.nn.LSTM leaves packed input of a wrong size or dtype to the GEMM's own words.
-            self.check_forward_args(data, hx, batch_sizes)
-
     def _check_hidden_dim(self, hx: Any, batched: bool) -> None:
         expected, kind = (3, "batched") if batched else (2, "unbatched")
         if hx[0].dim() != expected or hx[1].dim() != expected:
@@ -385,13 +376,11 @@ class GRU(SequenceModule):
         batch_first: bool = False,
         dropout: float = 0.0,
         bidirectional: bool = False,
-        proj_size: int | None = None,
-        device: Any = None,
-        dtype: Any = None,
-        *,
+        *args: Any,
         backend: str = "auto",
+        **kwargs: Any,
     ) -> None:
-        if proj_size is not None:
+        if "proj_size" in kwargs:
             raise ValueError(_PROJ_SIZE)
         super().__init__(
             "GRU",
@@ -402,7 +391,7 @@ class GRU(SequenceModule):
             batch_first,
             dropout,
             bidirectional,
-            device=device,
-            dtype=dtype,
+            *args,
             backend=backend,
+            **kwargs,
         )

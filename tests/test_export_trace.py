@@ -102,15 +102,16 @@ def test_export_does_not_unroll(kind):
 
 
 @pytest.mark.parametrize("kind", MODULE_KINDS)
-def test_export_for_training_gives_gradients(kind):
+def test_an_exported_program_is_for_inference(kind):
+    """README, "What differs". Cure: train the module itself."""
     _, ours = twins(kind, dtype=torch.float64)
     input = input_of(ours, 5, 3, dtype=torch.float64)
     exported = torch.export.export(ours, (input,)).module()
-    gradients = []
-    for module in (ours, exported):
-        output, _ = module(input)
-        gradients.append(torch.autograd.grad(output.square().sum(), list(module.parameters())))
-    assert_close(gradients[1], gradients[0])
+    output, _ = exported(input)
+    assert_close(output, ours(input)[0])
+    with pytest.warns(UserWarning, match="autograd kernel was not registered"):
+        output.sum().backward()
+    assert all(p.grad is None for p in exported.parameters())
 
 
 @grid(kind=MODULE_KINDS, form=FORMS)
