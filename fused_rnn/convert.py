@@ -73,10 +73,11 @@ def revert(model: nn.Module) -> nn.Module:
 def _warn_of_subclasses(
     verb: str, family: str, other: str, model: nn.Module, types: dict[type[nn.Module], Any]
 ) -> None:
+    classes: tuple[type[nn.Module], ...] = tuple(types)
     left = [
         f"{name or 'the model itself'} ({type(m).__module__}.{type(m).__qualname__})"
         for name, m in model.named_modules()
-        if isinstance(m, tuple(types)) and _plain_type(m) not in types
+        if isinstance(m, classes) and _plain_type(m) not in types
     ]
     if left:
         warnings.warn(
