@@ -55,7 +55,9 @@ class Operands {
  public:
   explicit Operands(const Tensor& like) : like_(like) {}
 
-  Tensor get(const char* name, const Tensor& x, const Shape& shape, ScalarType type) const {
+  // A state may come in the dtype of gx or in the carry dtype, anything else only in its own.
+  Tensor get(const char* name, const Tensor& x, const Shape& shape, ScalarType type,
+             bool state = false) const {
     const auto sizes = x.sizes();
     bool fits = sizes.size() == shape.size();
     for (size_t i = 0; fits && i < shape.size(); ++i) fits = sizes[i] == shape[i];
@@ -63,24 +65,20 @@ class Operands {
                     ", expected ", to_string(shape.data(), shape.size()));
     STD_TORCH_CHECK(x.device() == like_.device(), "fused_rnn: ", name,
                     " is on another device than gx; move it there with .to(gx.device)");
-    STD_TORCH_CHECK(x.scalar_type() == type || is_state_type(x.scalar_type(), type),
-                    "fused_rnn: ", name,
-                    " has another dtype than expected; gx, the weights and "
-                    "the states must agree, control is uint8 and rows is int32");
-    const Tensor typed = x.scalar_type() == type ? x : torch::stable::to(x, type);
+    const ScalarType given = x.scalar_type();
+    STD_TORCH_CHECK(
+        given == type || (state && (carry_type(given) == type || carry_type(type) == given)),
+        "fused_rnn: ", name,
+        " has another dtype than expected; gx, the weights and "
+        "the states must agree, control is uint8 and rows is int32");
+    const Tensor typed = given == type ? x : torch::stable::to(x, type);
     return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
   }
 
-  OptionalTensor get(const char* name, const OptionalTensor& x, const Shape& shape,
-                     ScalarType type) const {
+  OptionalTensor get(const char* name, const OptionalTensor& x, const Shape& shape, ScalarType type,
+                     bool state = false) const {
     if (!x) return std::nullopt;
-    return get(name, *x, shape, type);
-  }
-
- private:
-  // A state may come in the dtype of the weights or in the carry dtype.
-  static bool is_state_type(ScalarType a, ScalarType b) {
-    return carry_type(a) == b || carry_type(b) == a;
+    return get(name, *x, shape, type, state);
   }
 };
 
@@ -205,14 +203,14 @@ ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, co
   args.save = saves;
   args.gx = p.hold(operands.get("gx", gx, p.rows_of(p.cell.gates * H), p.io));
   args.b_hh = p.hold(operands.get("b_hh", b_hh, {p.cell.gates * H}, p.io));
-  args.h0 = p.hold(operands.get("h0", h0, {N, R}, p.carry));
-  args.c0 = has_c ? p.hold(operands.get("c0", c0, {N, H}, p.carry)) : nullptr;
+  args.h0 = p.hold(operands.get("h0", h0, {N, R}, p.carry, true));
+  args.c0 = has_c ? p.hold(operands.get("c0", c0, {N, H}, p.carry, true)) : nullptr;
   args.h = h.mutable_data_ptr();
   args.c = has_c && saves ? c.mutable_data_ptr() : nullptr;
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = has_c ? c_n.mutable_data_ptr() : nullptr;
   args.saved = saves && p.cell.saved ? saved.mutable_data_ptr() : nullptr;
-  if (N > 0 && p.layer.T > 0) device.forward(args, p.io);
+  if (N > 0) device.forward(args, p.io);
   return {h, c, h_n, c_n, saved};
 }
 
@@ -235,21 +233,21 @@ BackwardResult run_layer_backward(const Device& device, int64_t cell, const Outp
   static_cast<Layer&>(args) = p.layer;
   args.dh = p.hold(operands.get("dh", grads.dh, p.rows_of(R), p.io));
   args.dc = has_c ? p.hold(operands.get("dc", grads.dc, p.rows_of(H), p.io)) : nullptr;
-  args.dh_n = p.hold(operands.get("dh_n", grads.dh_n, {N, R}, p.carry));
-  args.dc_n = has_c ? p.hold(operands.get("dc_n", grads.dc_n, {N, H}, p.carry)) : nullptr;
+  args.dh_n = p.hold(operands.get("dh_n", grads.dh_n, {N, R}, p.carry, true));
+  args.dc_n = has_c ? p.hold(operands.get("dc_n", grads.dc_n, {N, H}, p.carry, true)) : nullptr;
   args.h = p.hold(operands.get("h", kept.h, p.rows_of(R), p.io));
   args.c = has_c ? p.hold(operands.get("c", kept.c, p.rows_of(H), p.io)) : nullptr;
   if (p.cell.saved)
     args.saved = p.hold(operands.get("saved", kept.saved, p.rows_of(p.cell.saved * H), p.io));
-  args.h0 = p.hold(operands.get("h0", kept.h0, {N, R}, p.io));
-  args.c0 = has_c ? p.hold(operands.get("c0", kept.c0, {N, H}, p.io)) : nullptr;
+  args.h0 = p.hold(operands.get("h0", kept.h0, {N, R}, p.io, true));
+  args.c0 = has_c ? p.hold(operands.get("c0", kept.c0, {N, H}, p.io, true)) : nullptr;
   args.dgx = dgx.mutable_data_ptr();
   args.dgh = p.cell.splits_gates ? dgh.mutable_data_ptr() : nullptr;
   args.dh0 = dh0.mutable_data_ptr();
   args.dc0 = has_c ? dc0.mutable_data_ptr() : nullptr;
   args.h_in = has_holes ? h_in.mutable_data_ptr() : nullptr;
   args.dh_total = options.w_hr ? dh_total.mutable_data_ptr() : nullptr;
-  if (N > 0 && p.layer.T > 0) device.backward(args, p.io);
+  if (N > 0) device.backward(args, p.io);
   return {dgx, dgh, dh0, dc0, h_in, dh_total};
 }
 
@@ -257,7 +255,9 @@ StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const 
                     const Tensor& h, const OptionalTensor& c, bool save) {
   const CellShape& shape = shape_of(cell);
   const ScalarType io = io_type(gx);
-  STD_TORCH_CHECK(h.dim() == 2 && (shape.states == 1 || c), "fused_rnn: a state is missing");
+  STD_TORCH_CHECK(h.dim() == 2, "fused_rnn: h must be [N, H], got ",
+                  to_string(h.sizes().data(), h.sizes().size()));
+  STD_TORCH_CHECK(shape.states == 1 || c, "fused_rnn: the cell state c is missing");
   const int64_t N = h.size(0), H = h.size(1);
   const bool has_c = shape.states == 2;
   const Operands operands(gx);
@@ -288,7 +288,9 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
                                      const OutputGradients& grads, const Kept& kept) {
   const CellShape& shape = shape_of(cell);
   const ScalarType io = io_type(kept.h);
-  STD_TORCH_CHECK(kept.h.dim() == 2 && kept.h0, "fused_rnn: a state is missing");
+  STD_TORCH_CHECK(kept.h.dim() == 2, "fused_rnn: h1 must be [N, H], got ",
+                  to_string(kept.h.sizes().data(), kept.h.sizes().size()));
+  STD_TORCH_CHECK(kept.h0 && (shape.states == 1 || kept.c0), "fused_rnn: h or c is missing");
   const int64_t N = kept.h.size(0), H = kept.h.size(1);
   const bool has_c = shape.states == 2;
   const Operands operands(kept.h);
@@ -296,6 +298,10 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
   const OptionalTensor dc1 = has_c ? operands.get("dc1", grads.dc, {N, H}, io) : std::nullopt;
   const OptionalTensor c = has_c ? operands.get("c", kept.c0, {N, H}, io) : std::nullopt;
   const Tensor h = operands.get("h", *kept.h0, {N, H}, io);
+  const Tensor h1 = operands.get("h1", kept.h, {N, H}, io);
+  const Tensor c1 = has_c ? operands.get("c1", kept.c, {N, H}, io) : kept.c;
+  const Tensor saved =
+      shape.saved ? operands.get("saved", kept.saved, {N, shape.saved * H}, io) : kept.saved;
   const Tensor dgx = allocate(kept.h, {N, shape.gates * H}, io);
   const Tensor dgh =
       allocate(kept.h, shape.splits_gates ? Shape{N, shape.gates * H} : Shape{0}, io);
@@ -308,9 +314,9 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
   args.H = H;
   args.h = h.const_data_ptr();
   args.c = pointer(c);
-  args.h1 = kept.h.mutable_data_ptr();
-  args.c1 = has_c ? kept.c.mutable_data_ptr() : nullptr;
-  args.saved = shape.saved ? kept.saved.mutable_data_ptr() : nullptr;
+  args.h1 = h1.mutable_data_ptr();
+  args.c1 = has_c ? c1.mutable_data_ptr() : nullptr;
+  args.saved = shape.saved ? saved.mutable_data_ptr() : nullptr;
   args.dh1 = pointer(dh1);
   args.dc1 = pointer(dc1);
   args.dgx = dgx.mutable_data_ptr();

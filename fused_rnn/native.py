@@ -48,12 +48,24 @@ def _connect() -> Callable[..., bool]:
 UNAVAILABLE = _load()
 small_step = _connect()
 
+
+def _one_device(like: Tensor, *others: Tensor | None) -> None:
+    """A fake runs for real tensors too, where one of them is on the meta device."""
+    for x in others:
+        if x is not None and x.device != like.device:
+            raise RuntimeError(
+                f"fused_rnn: tensors are on {like.device} and {x.device}, expected one device; "
+                "move them with .to()"
+            )
+
+
 _BY_ID = {cell.id: cell for cell in CELLS.values()}
 
 
 def _fake_layer(
     cell, gx, w_hh, b_hh, h0, c0, reverse, save, control, rows, w_hr, h_mask, keep
 ) -> tuple[Tensor, ...]:
+    _one_device(gx, w_hh, b_hh, h0, c0, control, rows, w_hr)
     spec = _BY_ID[cell]
     hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
     lead, batch = gx.shape[:-1], (gx if rows is None else rows).shape[1]
@@ -91,6 +103,7 @@ def _fake_layer_backward(
     h_mask,
     keep,
 ) -> tuple[Tensor, ...]:
+    _one_device(h, dh, dc, dh_n, dc_n, c, saved, w_hh, h0, c0, control, rows, w_hr)
     spec = _BY_ID[cell]
     hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
     lead, batch = h.shape[:-1], (h if rows is None else rows).shape[1]
@@ -108,6 +121,7 @@ def _fake_layer_backward(
 
 
 def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
+    _one_device(gx, gh, h, c)
     spec = _BY_ID[cell]
     batch, hidden = h.shape
     return (
@@ -118,6 +132,7 @@ def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
 
 
 def _fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...]:
+    _one_device(h1, dh1, dc1, c1, saved, h, c)
     spec = _BY_ID[cell]
     batch, hidden = h1.shape
     gates = (batch, spec.gates * hidden)

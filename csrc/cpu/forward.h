@@ -119,7 +119,8 @@ class Forward {
       const int64_t n = row_of(share, i), index = step.index(n);
       if (step.holds(n)) {
         zero_row<T>(a.h, index, a.R);
-        if (a.save) zero_row<T>(a.c, index, a.H);
+        zero_row<T>(a.c, index, a.H);
+        zero_row<T>(a.saved, index, Cell::kSaved * a.H);
         continue;
       }
       const bool clear = step.control(n) & kClear;

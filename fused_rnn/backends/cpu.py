@@ -85,10 +85,12 @@ def small_step(
     which takes longer than the step itself. ``None`` says that an operand is not plain contiguous
     memory of the right size, or that there are too many rows.
     """
-    if x.size(0) > SMALL_ROWS or x.is_neg() or h.is_neg():
+    operands = (x, h, c, w_ih, w_hh, b_ih, b_hh)
+    # A view may carry its sign as a bit beside the memory.
+    if x.size(0) > SMALL_ROWS or any(t is not None and t.is_neg() for t in operands):
         return None
     h1 = torch.empty_like(h)
     c1 = None if c is None else torch.empty_like(c)
-    if not native.small_step(cell.id, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1):
+    if not native.small_step(cell.id, *operands, h1, c1):
         return None
     return h1, c1
