@@ -255,9 +255,9 @@ StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const 
                     const Tensor& h, const OptionalTensor& c, bool save) {
   const CellShape& shape = shape_of(cell);
   const ScalarType io = io_type(gx);
-  STD_TORCH_CHECK(h.dim() == 2, "fused_rnn: h must be [N, H], got ",
-                  to_string(h.sizes().data(), h.sizes().size()));
-  STD_TORCH_CHECK(shape.states == 1 || c, "fused_rnn: the cell state c is missing");
+  STD_TORCH_CHECK(h.dim() == 2, "fused_rnn: h has size ",
+                  to_string(h.sizes().data(), h.sizes().size()), ", expected [N, H]");
+  STD_TORCH_CHECK(shape.states == 1 || c, "fused_rnn: c is missing");
   const int64_t N = h.size(0), H = h.size(1);
   const bool has_c = shape.states == 2;
   const Operands operands(gx);
@@ -288,9 +288,9 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
                                      const OutputGradients& grads, const Kept& kept) {
   const CellShape& shape = shape_of(cell);
   const ScalarType io = io_type(kept.h);
-  STD_TORCH_CHECK(kept.h.dim() == 2, "fused_rnn: h1 must be [N, H], got ",
-                  to_string(kept.h.sizes().data(), kept.h.sizes().size()));
-  STD_TORCH_CHECK(kept.h0 && (shape.states == 1 || kept.c0), "fused_rnn: h or c is missing");
+  STD_TORCH_CHECK(kept.h.dim() == 2, "fused_rnn: h1 has size ",
+                  to_string(kept.h.sizes().data(), kept.h.sizes().size()), ", expected [N, H]");
+  STD_TORCH_CHECK(kept.h0 && (shape.states == 1 || kept.c0), "fused_rnn: c is missing");
   const int64_t N = kept.h.size(0), H = kept.h.size(1);
   const bool has_c = shape.states == 2;
   const Operands operands(kept.h);

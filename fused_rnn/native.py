@@ -49,13 +49,12 @@ UNAVAILABLE = _load()
 small_step = _connect()
 
 
-def _one_device(like: Tensor, *others: Tensor | None) -> None:
+def _one_device(device: torch.device, **others: Tensor | None) -> None:
     """A fake runs for real tensors too, where one of them is on the meta device."""
-    for x in others:
-        if x is not None and x.device != like.device:
+    for name, x in others.items():
+        if x is not None and x.device != device:
             raise RuntimeError(
-                f"fused_rnn: tensors are on {like.device} and {x.device}, expected one device; "
-                "move them with .to()"
+                f"fused_rnn: {name} is on another device than gx; move it there with .to(gx.device)"
             )
 
 
@@ -65,7 +64,9 @@ _BY_ID = {cell.id: cell for cell in CELLS.values()}
 def _fake_layer(
     cell, gx, w_hh, b_hh, h0, c0, reverse, save, control, rows, w_hr, h_mask, keep
 ) -> tuple[Tensor, ...]:
-    _one_device(gx, w_hh, b_hh, h0, c0, control, rows, w_hr)
+    _one_device(
+        gx.device, w_hh=w_hh, b_hh=b_hh, h0=h0, c0=c0, control=control, rows=rows, w_hr=w_hr
+    )
     spec = _BY_ID[cell]
     hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
     lead, batch = gx.shape[:-1], (gx if rows is None else rows).shape[1]
@@ -103,7 +104,21 @@ def _fake_layer_backward(
     h_mask,
     keep,
 ) -> tuple[Tensor, ...]:
-    _one_device(h, dh, dc, dh_n, dc_n, c, saved, w_hh, h0, c0, control, rows, w_hr)
+    _one_device(
+        h.device,
+        dh=dh,
+        dc=dc,
+        dh_n=dh_n,
+        dc_n=dc_n,
+        c=c,
+        saved=saved,
+        w_hh=w_hh,
+        h0=h0,
+        c0=c0,
+        control=control,
+        rows=rows,
+        w_hr=w_hr,
+    )
     spec = _BY_ID[cell]
     hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
     lead, batch = h.shape[:-1], (h if rows is None else rows).shape[1]
@@ -121,7 +136,7 @@ def _fake_layer_backward(
 
 
 def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
-    _one_device(gx, gh, h, c)
+    _one_device(gx.device, gh=gh, h=h, c=c)
     spec = _BY_ID[cell]
     batch, hidden = h.shape
     return (
@@ -132,7 +147,7 @@ def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
 
 
 def _fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...]:
-    _one_device(h1, dh1, dc1, c1, saved, h, c)
+    _one_device(h1.device, dh1=dh1, dc1=dc1, c1=c1, saved=saved, h=h, c=c)
     spec = _BY_ID[cell]
     batch, hidden = h1.shape
     gates = (batch, spec.gates * hidden)
