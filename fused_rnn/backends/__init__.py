@@ -124,7 +124,7 @@ def faster_than_torch(problem: Problem) -> bool:
     By ``benchmarks/run.py`` on one thread with AVX-512. A cell's step is nearly all call: ours goes
     past the dispatcher, but only without a gradient and for few rows. oneDNN runs an LSTM's forward
     as fast as we do or faster from 8 rows on (0.76 to 1.04 times our time); with a backward, and
-    for everything else, ours is faster.
+    for everything else, ours is as fast or faster.
     """
     if problem.T == 0:
         return not problem.grad and problem.N <= cpu.SMALL_ROWS

@@ -85,12 +85,21 @@ def small_step(
     which takes longer than the step itself. ``None`` says that an operand is not plain contiguous
     memory of the right size, or that there are too many rows.
     """
-    operands = (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    # A view may carry its sign as a bit beside the memory.
-    if x.size(0) > SMALL_ROWS or any(t is not None and t.is_neg() for t in operands):
+    # A view may carry its sign as a bit beside the memory. Written out: a loop over the operands
+    # takes a tenth of the whole step.
+    if (
+        x.size(0) > SMALL_ROWS
+        or x.is_neg()
+        or h.is_neg()
+        or w_ih.is_neg()
+        or w_hh.is_neg()
+        or (c is not None and c.is_neg())
+        or (b_ih is not None and b_ih.is_neg())
+        or (b_hh is not None and b_hh.is_neg())
+    ):
         return None
     h1 = torch.empty_like(h)
     c1 = None if c is None else torch.empty_like(c)
-    if not native.small_step(cell.id, *operands, h1, c1):
+    if not native.small_step(cell.id, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1):
         return None
     return h1, c1
