@@ -121,10 +121,11 @@ def requested(own: str) -> str:
 def faster_than_torch(problem: Problem) -> bool:
     """Whether our kernels were measured faster than torch.nn's for ``problem``.
 
-    By ``benchmarks/run.py`` on one thread with AVX-512. A cell's step is nearly all call: ours goes
-    past the dispatcher, but only without a gradient and for few rows. oneDNN runs an LSTM's forward
-    as fast as we do or faster from 8 rows on (0.76 to 1.04 times our time); with a backward, and
-    for everything else, ours is as fast or faster.
+    Where the lines lie was read off short interleaved runs by hand, one thread, AVX-512, on a noisy
+    machine; no results file holds them. A cell's step is nearly all call: ours goes past the
+    dispatcher, but only without a gradient and for few rows. oneDNN ran an LSTM's forward without
+    gradients at 0.76 to 1.04 times our time from 8 rows on. Elsewhere ours is chosen; the rows in
+    ``benchmarks/results`` show where that is close, LSTM training above all (0.94 to 1.2 times).
     """
     if problem.T == 0:
         return not problem.grad and problem.N <= cpu.SMALL_ROWS
