@@ -1,8 +1,8 @@
 // The math of every cell, forward and backward side by side, and the only native place where a
 // gate is computed.
 //
-// A is the arithmetic type: float, double, or a SIMD vector of either. The functions call exp,
-// tanh, select and reciprocal unqualified, so that each A brings its own. An operand that is half
+// A is the arithmetic type: float, double, or a SIMD vector of either. The functions call
+// sigmoid, tanh and select unqualified, so that each A brings its own. An operand that is half
 // precision in memory is widened before it gets here.
 //
 //   gx, gh   [G]  the input half and the recurrent half of each gate, biases included
@@ -34,13 +34,8 @@ namespace FUSED_RNN_NAMESPACE {
 FUSED_RNN_FN float select(bool condition, float a, float b) { return condition ? a : b; }
 FUSED_RNN_FN double select(bool condition, double a, double b) { return condition ? a : b; }
 
-FUSED_RNN_FN float reciprocal(float x) { return 1 / x; }
-FUSED_RNN_FN double reciprocal(double x) { return 1 / x; }
-
-template <class A>
-FUSED_RNN_FN A sigmoid(A x) {
-  return reciprocal(A(1) + exp(-x));
-}
+FUSED_RNN_FN float sigmoid(float x) { return 1 / (1 + exp(-x)); }
+FUSED_RNN_FN double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 
 // h = tanh(gx + gh)
 struct RnnTanh {

@@ -28,17 +28,19 @@ inline constexpr CellShape kCellShapes[kCellCount] = {
 struct Layer {
   int cell;
   bool reverse;
-  int64_t T, N, H, R;      // R = P with a projection, else H
+  int64_t T, N, I, H, R;   // R = P with a projection, else H; I = G*H without w_ih
+  const void* x;           // io [M, I], M = T*N without `rows`
+  const void* w_ih;        // [G*H, I], or null: x is gx, the product itself
   const void* w_hh;        // [G*H, R]
   const void* w_hr;        // [P, H] or null
   const uint8_t* control;  // [T, N] or null
   const int32_t* rows;     // [T, N] or null
 };
 
-// io: the dtype of gx. carry: float for the half types, else io.
+// io: the dtype of x. carry: float for the half types, else io.
 struct ForwardArgs : Layer {
   bool save;
-  const void* gx;    // io [M, G*H], M = T*N without `rows`
+  const void* b_ih;  // io [G*H] or null
   const void* b_hh;  // io [G*H] or null
   const void* h0;    // carry [N, R] or null
   const void* c0;    // carry [N, H] or null
@@ -59,12 +61,15 @@ struct BackwardArgs : Layer {
   const void* saved;  // io [M, kSaved*H] or null
   const void* h0;     // io [N, R] or null
   const void* c0;     // io [N, H] or null
-  void* dgx;          // io [M, G*H]
-  void* dgh;          // io [M, G*H], or null where it equals dgx
   void* dh0;          // carry [N, R]
   void* dc0;          // carry [N, H] or null
-  void* h_in;         // io [M, R] or null
-  void* dh_total;     // io [M, R] or null
+  // Of io, and null where nobody asks.
+  void* dx;     // [M, I]
+  void* dw_ih;  // [G*H, I]
+  void* db_ih;  // [G*H]
+  void* dw_hh;  // [G*H, R]
+  void* db_hh;  // [G*H]
+  void* dw_hr;  // [P, H]
 };
 
 // One step with both products given. Every tensor is io; backward reads what forward wrote.

@@ -11,22 +11,17 @@ namespace fused_rnn {
 namespace {
 
 constexpr const char* kLayerSchema =
-    "layer(int cell, Tensor gx, Tensor w_hh, Tensor? b_hh, Tensor? h0, Tensor? c0, bool reverse, "
-    "bool save, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, Tensor? keep) "
+    "layer(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, Tensor? h0, "
+    "Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, Tensor? w_hr, "
+    "Tensor? h_mask, Tensor? keep) "
     "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)";
 
-// layer() with save, where what is saved takes the place of gx: of the same size, it needs no
-// memory of its own. Only for a cell that saves as many values as it has gates.
-constexpr const char* kLayerInPlaceSchema =
-    "layer_(int cell, Tensor(a!) gx, Tensor w_hh, Tensor? b_hh, Tensor? h0, Tensor? c0, "
-    "bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, Tensor? keep) "
-    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n)";
-
 constexpr const char* kLayerBackwardSchema =
-    "layer_backward(int cell, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, Tensor h, "
-    "Tensor c, Tensor saved, Tensor w_hh, Tensor? h0, Tensor? c0, bool reverse, Tensor? control, "
-    "Tensor? rows, Tensor? w_hr, Tensor? h_mask, Tensor? keep) "
-    "-> (Tensor dgx, Tensor dgh, Tensor dh0, Tensor dc0, Tensor h_in, Tensor dh_total)";
+    "layer_backward(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
+    "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
+    "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
+    "Tensor? keep) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dw_hh, Tensor db_hh, "
+    "Tensor dh0, Tensor dc0, Tensor dw_hr)";
 
 constexpr const char* kStepSchema =
     "step(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
@@ -50,12 +45,14 @@ ScalarType carry_type(ScalarType io) {
 
 // Checks one operand and makes it contiguous; empty stays empty.
 class Operands {
+  const char* name_;
   const Tensor& like_;
 
  public:
-  explicit Operands(const Tensor& like) : like_(like) {}
+  // All must be where `like`, called `name`, is.
+  Operands(const char* name, const Tensor& like) : name_(name), like_(like) {}
 
-  // A state may come in the dtype of gx or in the carry dtype, anything else only in its own.
+  // A state may come in the dtype of x or in the carry dtype, anything else only in its own.
   Tensor get(const char* name, const Tensor& x, const Shape& shape, ScalarType type,
              bool state = false) const {
     const auto sizes = x.sizes();
@@ -64,13 +61,13 @@ class Operands {
     STD_TORCH_CHECK(fits, "fused_rnn: ", name, " has size ", to_string(sizes.data(), sizes.size()),
                     ", expected ", to_string(shape.data(), shape.size()));
     STD_TORCH_CHECK(x.device() == like_.device(), "fused_rnn: ", name,
-                    " is on another device than gx; move it there with .to(gx.device)");
+                    " is on another device than ", name_, "; move it there with .to(", name_,
+                    ".device)");
     const ScalarType given = x.scalar_type();
     STD_TORCH_CHECK(
         given == type || (state && (carry_type(given) == type || carry_type(type) == given)),
-        "fused_rnn: ", name,
-        " has another dtype than expected; gx, the weights and "
-        "the states must agree, control is uint8 and rows is int32");
+        "fused_rnn: ", name, " has another dtype than expected; ", name_,
+        ", the weights and the states must agree, control is uint8 and rows is int32");
     const Tensor typed = given == type ? x : torch::stable::to(x, type);
     return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
   }
@@ -98,12 +95,12 @@ void check_rows(const Tensor& rows, int64_t count) {
     if (row[i] < 0) continue;
     STD_TORCH_CHECK(row[i] < count && !seen[static_cast<size_t>(row[i])],
                     "fused_rnn: rows names row ", row[i], " twice, or it is outside of the ", count,
-                    " rows of gx");
+                    " rows of x");
     seen[static_cast<size_t>(row[i])] = true;
     ++used;
   }
   STD_TORCH_CHECK(used == count, "fused_rnn: rows names ", used, " of the ", count,
-                  " rows of gx; each must belong to one step");
+                  " rows of x; each must belong to one step");
 }
 
 const CellShape& shape_of(int64_t cell) {
@@ -111,52 +108,55 @@ const CellShape& shape_of(int64_t cell) {
   return kCellShapes[cell];
 }
 
-ScalarType io_type(const Tensor& gx) {
-  const ScalarType io = gx.scalar_type();
+ScalarType io_type(const char* name, const Tensor& x) {
+  const ScalarType io = x.scalar_type();
   STD_TORCH_CHECK(io == ScalarType::Float || io == ScalarType::Double ||
                       io == ScalarType::BFloat16 || io == ScalarType::Half,
-                  "fused_rnn: gx must be float32, float64, bfloat16 or float16");
+                  "fused_rnn: ", name, " must be float32, float64, bfloat16 or float16");
   return io;
 }
 
-// The sizes and options that forward and backward read the same way. `sequence` is any tensor laid
-// out as gx; it gives T and N, or with `rows` the number of compact rows.
+// The sizes and operands that forward and backward read the same way.
 struct Problem {
   CellShape cell;
   ScalarType io, carry;
   Shape lead;  // [T, N], or [M] with rows
   int64_t M;
   Layer layer{};
+  Operands operands;
   std::vector<Tensor> keep_alive;
 
-  Problem(int64_t cell_id, const Tensor& sequence, const Tensor& w_hh, bool reverse,
-          const Options& options) {
+  Problem(int64_t cell_id, const Inputs& inputs, bool reverse, const Options& options)
+      : operands("x", inputs.x) {
+    const Tensor &x = inputs.x, &w_hh = inputs.w_hh;
     STD_TORCH_CHECK(!options.h_mask && !options.keep,
                     "fused_rnn: h_mask and keep are not implemented for this device");
     cell = shape_of(cell_id);
-    io = io_type(sequence);
+    io = io_type("x", x);
     carry = carry_type(io);
-    STD_TORCH_CHECK(sequence.dim() == (options.rows ? 2 : 3), "fused_rnn: gx must have ",
-                    options.rows ? 2 : 3, " dimensions, got ", sequence.dim());
+    STD_TORCH_CHECK(x.dim() == (options.rows ? 2 : 3), "fused_rnn: x must have ",
+                    options.rows ? 2 : 3, " dimensions, got ", x.dim());
     STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % cell.gates == 0,
                     "fused_rnn: w_hh must be [", cell.gates, "*H, R], got ",
                     to_string(w_hh.sizes().data(), w_hh.sizes().size()));
-    const Operands operands(sequence);
     layer.cell = int(cell_id);
     layer.reverse = reverse;
     layer.H = w_hh.size(0) / cell.gates;
     layer.R = w_hh.size(1);
-    const Tensor& time = options.rows ? *options.rows : sequence;
+    layer.I = inputs.w_ih ? x.size(x.dim() - 1) : gates();
+    const Tensor& time = options.rows ? *options.rows : x;
     STD_TORCH_CHECK(time.dim() >= 2, "fused_rnn: rows must be [T, N]");
     layer.T = time.size(0);
     layer.N = time.size(1);
-    lead = options.rows ? Shape{sequence.size(0)} : Shape{layer.T, layer.N};
-    M = options.rows ? sequence.size(0) : layer.T * layer.N;
+    lead = options.rows ? Shape{x.size(0)} : Shape{layer.T, layer.N};
+    M = options.rows ? x.size(0) : layer.T * layer.N;
     STD_TORCH_CHECK(!options.w_hr || cell.states == 2, "fused_rnn: only LSTM has a projection");
-    STD_TORCH_CHECK(options.w_hr || layer.R == layer.H, "fused_rnn: w_hh must be [",
-                    cell.gates * layer.H, ", ", layer.H, "] without a projection");
+    STD_TORCH_CHECK(options.w_hr || layer.R == layer.H, "fused_rnn: w_hh must be [", gates(), ", ",
+                    layer.H, "] without a projection");
 
-    layer.w_hh = hold(operands.get("w_hh", w_hh, {cell.gates * layer.H, layer.R}, io));
+    layer.x = hold(operands.get("x", x, rows_of(layer.I), io));
+    layer.w_ih = hold(operands.get("w_ih", inputs.w_ih, {gates(), layer.I}, io));
+    layer.w_hh = hold(operands.get("w_hh", w_hh, {gates(), layer.R}, io));
     layer.w_hr = hold(operands.get("w_hr", options.w_hr, {layer.R, layer.H}, io));
     layer.control = static_cast<const uint8_t*>(
         hold(operands.get("control", options.control, {layer.T, layer.N}, ScalarType::Byte)));
@@ -164,6 +164,9 @@ struct Problem {
     if (rows) check_rows(*rows, M);
     layer.rows = static_cast<const int32_t*>(hold(rows));
   }
+
+  int64_t gates() const { return cell.gates * layer.H; }
+  bool has_c() const { return cell.states == 2; }
 
   const void* hold(const OptionalTensor& x) {
     if (x) keep_alive.push_back(*x);
@@ -179,88 +182,90 @@ struct Problem {
 
 }  // namespace
 
-ForwardResult run_layer(const Device& device, int64_t cell, const Tensor& gx, const Tensor& w_hh,
-                        const OptionalTensor& b_hh, const OptionalTensor& h0,
-                        const OptionalTensor& c0, bool reverse, Save save, const Options& options) {
-  Problem p(cell, gx, w_hh, reverse, options);
+ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs, bool reverse,
+                        bool save, const Options& options) {
+  Problem p(cell, inputs, reverse, options);
+  const Tensor& x = inputs.x;
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
-  const bool has_c = p.cell.states == 2;
-  const Operands operands(gx);
+  const bool saves_c = save && p.has_c(), saves_gates = save && p.cell.saved;
+  STD_TORCH_CHECK(inputs.w_ih || !inputs.b_ih, "fused_rnn: b_ih needs w_ih");
 
-  const Tensor h = allocate(gx, p.rows_of(R), p.io);
-  const Tensor c = allocate(gx, has_c && save != Save::kNothing ? p.rows_of(H) : Shape{0}, p.io);
-  const Tensor h_n = allocate(gx, {N, R}, p.carry);
-  const Tensor c_n = allocate(gx, has_c ? Shape{N, H} : Shape{0}, p.carry);
-  const bool saves = save != Save::kNothing, in_place = save == Save::kInPlaceOfGx;
-  STD_TORCH_CHECK(!in_place || (p.cell.saved == p.cell.gates && gx.is_contiguous()),
-                  "fused_rnn: layer_ needs a contiguous gx, and a cell that saves all its gates");
-  const Tensor saved =
-      in_place ? gx
-               : allocate(gx, saves && p.cell.saved ? p.rows_of(p.cell.saved * H) : Shape{0}, p.io);
+  const Tensor h = allocate(x, p.rows_of(R), p.io);
+  const Tensor c = allocate(x, saves_c ? p.rows_of(H) : Shape{0}, p.io);
+  const Tensor h_n = allocate(x, {N, R}, p.carry);
+  const Tensor c_n = allocate(x, p.has_c() ? Shape{N, H} : Shape{0}, p.carry);
+  const Tensor saved = allocate(x, saves_gates ? p.rows_of(p.cell.saved * H) : Shape{0}, p.io);
 
   ForwardArgs args{};
   static_cast<Layer&>(args) = p.layer;
-  args.save = saves;
-  args.gx = p.hold(operands.get("gx", gx, p.rows_of(p.cell.gates * H), p.io));
-  args.b_hh = p.hold(operands.get("b_hh", b_hh, {p.cell.gates * H}, p.io));
-  args.h0 = p.hold(operands.get("h0", h0, {N, R}, p.carry, true));
-  args.c0 = has_c ? p.hold(operands.get("c0", c0, {N, H}, p.carry, true)) : nullptr;
+  args.save = save;
+  args.b_ih = p.hold(p.operands.get("b_ih", inputs.b_ih, {p.gates()}, p.io));
+  args.b_hh = p.hold(p.operands.get("b_hh", inputs.b_hh, {p.gates()}, p.io));
+  args.h0 = p.hold(p.operands.get("h0", inputs.h0, {N, R}, p.carry, true));
+  args.c0 = p.has_c() ? p.hold(p.operands.get("c0", inputs.c0, {N, H}, p.carry, true)) : nullptr;
   args.h = h.mutable_data_ptr();
-  args.c = has_c && saves ? c.mutable_data_ptr() : nullptr;
+  args.c = saves_c ? c.mutable_data_ptr() : nullptr;
   args.h_n = h_n.mutable_data_ptr();
-  args.c_n = has_c ? c_n.mutable_data_ptr() : nullptr;
-  args.saved = saves && p.cell.saved ? saved.mutable_data_ptr() : nullptr;
+  args.c_n = p.has_c() ? c_n.mutable_data_ptr() : nullptr;
+  args.saved = saves_gates ? saved.mutable_data_ptr() : nullptr;
   if (N > 0) device.forward(args, p.io);
   return {h, c, h_n, c_n, saved};
 }
 
-BackwardResult run_layer_backward(const Device& device, int64_t cell, const OutputGradients& grads,
-                                  const Kept& kept, bool reverse, const Options& options) {
-  Problem p(cell, kept.h, *kept.w_hh, reverse, options);
-  const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
-  const bool has_c = p.cell.states == 2, has_holes = options.control || options.rows;
-  const Operands operands(kept.h);
-
-  const Shape gates = p.rows_of(p.cell.gates * H);
-  const Tensor dgx = allocate(kept.h, gates, p.io);
-  const Tensor dgh = allocate(kept.h, p.cell.splits_gates ? gates : Shape{0}, p.io);
-  const Tensor dh0 = allocate(kept.h, {N, R}, p.carry);
-  const Tensor dc0 = allocate(kept.h, has_c ? Shape{N, H} : Shape{0}, p.carry);
-  const Tensor h_in = allocate(kept.h, has_holes ? p.rows_of(R) : Shape{0}, p.io);
-  const Tensor dh_total = allocate(kept.h, options.w_hr ? p.rows_of(R) : Shape{0}, p.io);
+BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wanted,
+                                  const OutputGradients& grads, const Kept& kept,
+                                  const Inputs& inputs, bool reverse, const Options& options) {
+  Problem p(cell, inputs, reverse, options);
+  const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R, I = p.layer.I;
+  const Operands& operands = p.operands;
 
   BackwardArgs args{};
   static_cast<Layer&>(args) = p.layer;
   args.dh = p.hold(operands.get("dh", grads.dh, p.rows_of(R), p.io));
-  args.dc = has_c ? p.hold(operands.get("dc", grads.dc, p.rows_of(H), p.io)) : nullptr;
+  args.dc = p.has_c() ? p.hold(operands.get("dc", grads.dc, p.rows_of(H), p.io)) : nullptr;
   args.dh_n = p.hold(operands.get("dh_n", grads.dh_n, {N, R}, p.carry, true));
-  args.dc_n = has_c ? p.hold(operands.get("dc_n", grads.dc_n, {N, H}, p.carry, true)) : nullptr;
+  args.dc_n = p.has_c() ? p.hold(operands.get("dc_n", grads.dc_n, {N, H}, p.carry, true)) : nullptr;
   args.h = p.hold(operands.get("h", kept.h, p.rows_of(R), p.io));
-  args.c = has_c ? p.hold(operands.get("c", kept.c, p.rows_of(H), p.io)) : nullptr;
+  args.c = p.has_c() ? p.hold(operands.get("c", kept.c, p.rows_of(H), p.io)) : nullptr;
   if (p.cell.saved)
     args.saved = p.hold(operands.get("saved", kept.saved, p.rows_of(p.cell.saved * H), p.io));
-  args.h0 = p.hold(operands.get("h0", kept.h0, {N, R}, p.io, true));
-  args.c0 = has_c ? p.hold(operands.get("c0", kept.c0, {N, H}, p.io, true)) : nullptr;
-  args.dgx = dgx.mutable_data_ptr();
-  args.dgh = p.cell.splits_gates ? dgh.mutable_data_ptr() : nullptr;
+  args.h0 = p.hold(operands.get("h0", inputs.h0, {N, R}, p.io, true));
+  args.c0 = p.has_c() ? p.hold(operands.get("c0", inputs.c0, {N, H}, p.io, true)) : nullptr;
+
+  // Empty where it is not wanted. A batch of none has gradients too: zeros.
+  const auto gradient = [&](int64_t bit, bool exists, Shape shape, void*& data) {
+    const bool given = (wanted & bit) && exists;
+    if (!given) shape = {0};
+    Tensor x =
+        N > 0 ? allocate(inputs.x, shape, p.io) : torch::stable::new_zeros(inputs.x, shape, p.io);
+    data = given ? x.mutable_data_ptr() : nullptr;
+    return x;
+  };
+  const bool has_w_ih = inputs.w_ih.has_value();
+  const Tensor dx = gradient(kInput, true, p.rows_of(I), args.dx);
+  const Tensor dw_ih = gradient(kWeightIh, has_w_ih, {p.gates(), I}, args.dw_ih);
+  const Tensor db_ih = gradient(kBiasIh, has_w_ih, {p.gates()}, args.db_ih);
+  const Tensor dw_hh = gradient(kWeightHh, true, {p.gates(), R}, args.dw_hh);
+  const Tensor db_hh = gradient(kBiasHh, true, {p.gates()}, args.db_hh);
+  const Tensor dw_hr = gradient(kWeightHr, options.w_hr.has_value(), {R, H}, args.dw_hr);
+  const Tensor dh0 = allocate(inputs.x, {N, R}, p.carry);
+  const Tensor dc0 = allocate(inputs.x, p.has_c() ? Shape{N, H} : Shape{0}, p.carry);
   args.dh0 = dh0.mutable_data_ptr();
-  args.dc0 = has_c ? dc0.mutable_data_ptr() : nullptr;
-  args.h_in = has_holes ? h_in.mutable_data_ptr() : nullptr;
-  args.dh_total = options.w_hr ? dh_total.mutable_data_ptr() : nullptr;
+  args.dc0 = p.has_c() ? dc0.mutable_data_ptr() : nullptr;
   if (N > 0) device.backward(args, p.io);
-  return {dgx, dgh, dh0, dc0, h_in, dh_total};
+  return {dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0, dw_hr};
 }
 
 StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const Tensor& gh,
                     const Tensor& h, const OptionalTensor& c, bool save) {
   const CellShape& shape = shape_of(cell);
-  const ScalarType io = io_type(gx);
+  const ScalarType io = io_type("gx", gx);
   STD_TORCH_CHECK(h.dim() == 2, "fused_rnn: h has size ",
                   to_string(h.sizes().data(), h.sizes().size()), ", expected [N, H]");
   STD_TORCH_CHECK(shape.states == 1 || c, "fused_rnn: c is missing");
   const int64_t N = h.size(0), H = h.size(1);
   const bool has_c = shape.states == 2;
-  const Operands operands(gx);
+  const Operands operands("gx", gx);
   const Tensor gx_ = operands.get("gx", gx, {N, shape.gates * H}, io);
   const Tensor gh_ = operands.get("gh", gh, {N, shape.gates * H}, io);
   const Tensor h_ = operands.get("h", h, {N, H}, io);
@@ -285,19 +290,20 @@ StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const 
 }
 
 StepBackwardResult run_step_backward(const Device& device, int64_t cell,
-                                     const OutputGradients& grads, const Kept& kept) {
+                                     const OutputGradients& grads, const Kept& kept,
+                                     const Tensor& before, const OptionalTensor& c_before) {
   const CellShape& shape = shape_of(cell);
-  const ScalarType io = io_type(kept.h);
+  const ScalarType io = io_type("h1", kept.h);
   STD_TORCH_CHECK(kept.h.dim() == 2, "fused_rnn: h1 has size ",
                   to_string(kept.h.sizes().data(), kept.h.sizes().size()), ", expected [N, H]");
-  STD_TORCH_CHECK(kept.h0 && (shape.states == 1 || kept.c0), "fused_rnn: c is missing");
+  STD_TORCH_CHECK(shape.states == 1 || c_before, "fused_rnn: c is missing");
   const int64_t N = kept.h.size(0), H = kept.h.size(1);
   const bool has_c = shape.states == 2;
-  const Operands operands(kept.h);
+  const Operands operands("h1", kept.h);
   const OptionalTensor dh1 = operands.get("dh1", grads.dh, {N, H}, io);
   const OptionalTensor dc1 = has_c ? operands.get("dc1", grads.dc, {N, H}, io) : std::nullopt;
-  const OptionalTensor c = has_c ? operands.get("c", kept.c0, {N, H}, io) : std::nullopt;
-  const Tensor h = operands.get("h", *kept.h0, {N, H}, io);
+  const OptionalTensor c = has_c ? operands.get("c", c_before, {N, H}, io) : std::nullopt;
+  const Tensor h = operands.get("h", before, {N, H}, io);
   const Tensor h1 = operands.get("h1", kept.h, {N, H}, io);
   const Tensor c1 = has_c ? operands.get("c1", kept.c, {N, H}, io) : kept.c;
   const Tensor saved =
@@ -331,7 +337,6 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
 
 STABLE_TORCH_LIBRARY(fused_rnn, library) {
   library.def(fused_rnn::kLayerSchema);
-  library.def(fused_rnn::kLayerInPlaceSchema);
   library.def(fused_rnn::kLayerBackwardSchema);
   library.def(fused_rnn::kStepSchema);
   library.def(fused_rnn::kStepBackwardSchema);

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .backends import reference
 from .cells import Cell
@@ -15,30 +14,13 @@ ops = torch.ops.fused_rnn
 
 
 class _Layer(torch.autograd.Function):
-    """One layer in one direction, with the input's product where ``w_ih`` is given.
-
-    The product is inside so that nothing keeps ``gx``: backward needs ``x`` and ``w_ih``, which
-    live on anyway.
-    """
+    """One layer in one direction, with the input's product where ``w_ih`` is given."""
 
     @staticmethod
-    def forward(cell: Cell, reverse: bool, control, rows, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr):
-        options = (control, rows, w_hr, None, None)
-        if w_ih is None:
-            return ops.layer(cell.id, x, w_hh, b_hh, h0, c0, reverse, True, *options)
-        gx = linear(x, w_ih, b_ih)
-        if cell.saved == cell.gates and not torch.compiler.is_compiling():
-            # gx is ours alone; a compiler sees to its memory itself.
-            return *ops.layer_(cell.id, gx, w_hh, b_hh, h0, c0, reverse, *options), gx
-        return ops.layer(cell.id, gx, w_hh, b_hh, h0, c0, reverse, True, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.cell, ctx.reverse, *tensors = inputs
-        h, c, _, c_n, saved = output
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c, c_n)))
-        ctx.save_for_backward(*tensors, h, c, saved)
+    def forward(ctx: Any, *inputs):
+        outputs = _LayerInTransform.forward(*inputs)
+        _LayerInTransform.setup_context(ctx, inputs, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, dh, dc, dh_n, dc_n, _):
@@ -52,47 +34,36 @@ class _Layer(torch.autograd.Function):
         return None, None, None, None, *found
 
 
+class _LayerInTransform(_Layer):
+    """The form that ``torch.func`` asks for; its ``apply`` takes 200 us to bind the arguments."""
+
+    @staticmethod
+    def forward(cell: Cell, reverse: bool, control, rows, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr):
+        inputs, options = (x, w_ih, b_ih, w_hh, b_hh, h0, c0), (control, rows, w_hr, None, None)
+        return ops.layer(cell.id, *inputs, reverse, True, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.cell, ctx.reverse, *tensors = inputs
+        h, c, _, c_n, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c, c_n)))
+        ctx.save_for_backward(*tensors, h, c, saved)
+
+
 def _backward(cell: Cell, inputs, grads, kept, needs, loop) -> tuple[Tensor | None, ...]:
     x, w_ih, _, w_hh, _, h0, c0, w_hr = inputs
-    h, c, saved = kept
-    reverse, control, rows = loop.values()
-    dgx, dgh, dh0, dc0, h_in, dh_total = ops.layer_backward(
-        cell.id, *grads, h, c, saved, w_hh, h0, c0, reverse, control, rows, w_hr, None, None
-    )
-    if cell.folds_bias:
-        dgh = dgx
-    dx = dgx
-    if w_ih is not None and needs[0]:
-        dx = dgx @ w_ih
-    return (
-        dx if needs[0] else None,
-        dgx.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None,
-        dgx.flatten(0, -2).sum(0) if needs[2] else None,
-        _recurrent_weight_grad(dgh, h, h0, h_in, reverse) if needs[3] else None,
-        dgh.flatten(0, -2).sum(0) if needs[4] else None,
-        dh0.to(h0.dtype) if needs[5] else None,
-        dc0.to(c0.dtype) if needs[6] else None,
-        _projection_grad(dh_total, c, saved) if needs[7] else None,
-    )
-
-
-def _recurrent_weight_grad(dgh: Tensor, h: Tensor, h0: Tensor | None, h_in: Tensor, reverse: bool):
-    """``dgh.T @ (h that entered each product)``, which is h shifted by one step behind h0."""
-    if h_in.dim() > 1:
-        return dgh.flatten(0, -2).T @ h_in.flatten(0, -2)
-    # Flat before it is cut: a slice of T-1 steps would make an exported program depend on T.
-    steps, states, n = dgh.flatten(0, 1), h.flatten(0, 1), h.size(1)
-    first, later, earlier = (
-        (dgh[-1], steps[:-n], states[n:]) if reverse else (dgh[0], steps[n:], states[:-n])
-    )
-    dw = later.T @ earlier
-    return dw if h0 is None else dw.addmm_(first.T, h0.to(dw.dtype))
-
-
-def _projection_grad(dh_total: Tensor, c: Tensor, saved: Tensor) -> Tensor:
-    hidden = c.size(-1)
-    unprojected = saved[..., 3 * hidden :] * c.tanh()
-    return dh_total.flatten(0, -2).T @ unprojected.flatten(0, -2)
+    # The op's gradients stand in the order of the inputs; its bits leave out the states'.
+    bits = (1, 2, 4, 8, 16, 0, 0, 32)
+    wanted = sum(bit for bit, need in zip(bits, needs, strict=True) if need)
+    options = (*loop.values(), w_hr, None, None)
+    inputs = (x, w_ih, w_hh, h0, c0)
+    found = list(ops.layer_backward(cell.id, wanted, *grads, *kept, *inputs, *options))
+    if needs[5]:
+        found[5] = found[5].to(h0.dtype)
+    if needs[6]:
+        found[6] = found[6].to(c0.dtype)
+    return tuple(dx if need else None for dx, need in zip(found, needs, strict=True))
 
 
 def _differentiable_backward(cell: Cell, inputs, grads, needs, loop):
@@ -111,6 +82,28 @@ class _Step(torch.autograd.Function):
     """One step of one layer, its two products given."""
 
     @staticmethod
+    def forward(ctx: Any, *inputs):
+        outputs = _StepInTransform.forward(*inputs)
+        _StepInTransform.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dh1, dc1, _):
+        cell = ctx.cell
+        gx, gh, h, c, h1, c1, saved = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            inputs, needs = (gx, gh, h, c), ctx.needs_input_grad[1:]
+            return None, *_differentiable_step_backward(cell, inputs, (dh1, dc1), needs)
+        dgx, dgh, dh, dc = ops.step_backward(cell.id, dh1, dc1, h1, c1, saved, h, c)
+        if not cell.splits_gates:
+            return None, dgx, dgx, None, dc if cell.states == 2 else None
+        return None, dgx, dgh, dh, None
+
+
+class _StepInTransform(_Step):
+    """As :class:`_LayerInTransform`."""
+
+    @staticmethod
     def forward(cell: Cell, gx, gh, h, c):
         return ops.step(cell.id, gx, gh, h, c, True)
 
@@ -122,17 +115,9 @@ class _Step(torch.autograd.Function):
         ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c1,)))
         ctx.save_for_backward(*tensors, h1, c1, saved)
 
-    @staticmethod
-    def backward(ctx: Any, dh1, dc1, _):
-        cell = ctx.cell
-        gx, gh, h, c, h1, c1, saved = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs, needs = (gx, gh, h, c), ctx.needs_input_grad[1:]
-            return None, *_differentiable_step_backward(cell, inputs, (dh1, dc1), needs)
-        dgx, dgh, dh, dc = ops.step_backward(cell.id, dh1, dc1, h1, c1, saved, h, c)
-        if cell.folds_bias:
-            return None, dgx, dgx, None, dc if cell.states == 2 else None
-        return None, dgx, dgh, dh, None
+
+def _in_transform() -> bool:
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _differentiable_step_backward(cell: Cell, inputs, grads, needs):
@@ -165,7 +150,8 @@ def step(
         the states after: ``h, c``; ``c`` is ``None`` but for the LSTM.
     """
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gx, gh, h, c)):
-        h1, c1, _ = _Step.apply(cell, gx, gh, h, c)
+        function = _StepInTransform if _in_transform() else _Step
+        h1, c1, _ = function.apply(cell, gx, gh, h, c)
     else:
         h1, c1, _ = ops.step(cell.id, gx, gh, h, c, False)
     return h1, c1 if cell.states == 2 else None
@@ -197,11 +183,10 @@ def layer(
     """
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        h, c, h_n, c_n, _ = _Layer.apply(cell, reverse, control, rows, *tensors)
+        function = _LayerInTransform if _in_transform() else _Layer
+        h, c, h_n, c_n, _ = function.apply(cell, reverse, control, rows, *tensors)
     else:
-        gx = x if w_ih is None else linear(x, w_ih, b_ih)
-        h, c, h_n, c_n, _ = ops.layer(
-            cell.id, gx, w_hh, b_hh, h0, c0, reverse, False, control, rows, w_hr, None, None
-        )
+        inputs, options = (x, w_ih, b_ih, w_hh, b_hh, h0, c0), (control, rows, w_hr, None, None)
+        h, c, h_n, c_n, _ = ops.layer(cell.id, *inputs, reverse, False, *options)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

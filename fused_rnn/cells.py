@@ -25,9 +25,8 @@ class Cell:
         gates: G, the number of H-wide blocks in ``gx`` and in the recurrent product.
         states: S, the number of carried states: ``(h,)`` or ``(h, c)``.
         saved: how many H-wide blocks the native forward keeps for its backward.
-        folds_bias: both biases are added before anything nonlinear, so that ``b_hh`` can join
-            ``b_ih`` in the input's GEMM. GRU's reset gate multiplies the recurrent half, so there
-            ``b_hh`` stays with the recurrent product.
+        splits_gates: ``gx`` and ``gh`` get different gradients: GRU's reset gate multiplies the
+            recurrent half of ``n``.
         mode: torch.nn's name of the cell.
         step: ``step(gx, gh, states) -> states`` with ``gx``, the input's product, and ``gh``, the
             recurrent product (each with the bias that belongs to it), of shape ``[..., G*H]``.
@@ -38,7 +37,7 @@ class Cell:
     gates: int
     states: int
     saved: int
-    folds_bias: bool
+    splits_gates: bool
     mode: str
     step: Callable[[Tensor, Tensor, States], States]
 
@@ -66,10 +65,10 @@ def _gru(gx: Tensor, gh: Tensor, states: States) -> States:
 CELLS: dict[str, Cell] = {
     cell.name: cell
     for cell in (
-        Cell("rnn_tanh", 0, 1, 1, 0, True, "RNN_TANH", _rnn_tanh),
-        Cell("rnn_relu", 1, 1, 1, 0, True, "RNN_RELU", _rnn_relu),
-        Cell("lstm", 2, 4, 2, 4, True, "LSTM", _lstm),
-        Cell("gru", 3, 3, 1, 4, False, "GRU", _gru),
+        Cell("rnn_tanh", 0, 1, 1, 0, False, "RNN_TANH", _rnn_tanh),
+        Cell("rnn_relu", 1, 1, 1, 0, False, "RNN_RELU", _rnn_relu),
+        Cell("lstm", 2, 4, 2, 4, False, "LSTM", _lstm),
+        Cell("gru", 3, 3, 1, 4, True, "GRU", _gru),
     )
 }
 

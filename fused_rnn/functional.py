@@ -226,11 +226,6 @@ def _layer(
     """One layer in one direction, in the dtype that autocast gives its GEMMs."""
     dtype = autocast_dtype(input) or input.dtype
     w = Weights(*(None if x is None else cast(x, dtype) for x in w))  # type: ignore[arg-type]
-    b_ih, b_hh = w.b_ih, w.b_hh
-    if cell.folds_bias and b_ih is not None and b_hh is not None:
-        # The loop adds a bias for nothing, a GEMM first writes it to all of its output.
-        b_hh = b_ih + b_hh
-        b_ih = None
     h0 = c0 = None
     if states is not None:
         kept = (dtype, carry_dtype(dtype))
@@ -240,11 +235,11 @@ def _layer(
         cell,
         cast(input, dtype),
         w.w_hh,
-        b_hh,
+        w.b_hh,
         h0,
         c0,
         w_ih=w.w_ih,
-        b_ih=b_ih,
+        b_ih=w.b_ih,
         reverse=reverse,
         rows=rows,
         w_hr=w.w_hr,

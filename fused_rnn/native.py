@@ -49,12 +49,13 @@ UNAVAILABLE = _load()
 small_step = _connect()
 
 
-def _one_device(device: torch.device, **others: Tensor | None) -> None:
+def _one_device(like: str, device: torch.device, **others: Tensor | None) -> None:
     """A fake runs for real tensors too, where one of them is on the meta device."""
     for name, x in others.items():
         if x is not None and x.device != device:
             raise RuntimeError(
-                f"fused_rnn: {name} is on another device than gx; move it there with .to(gx.device)"
+                f"fused_rnn: {name} is on another device than {like}; "
+                f"move it there with .to({like}.device)"
             )
 
 
@@ -62,31 +63,27 @@ _BY_ID = {cell.id: cell for cell in CELLS.values()}
 
 
 def _fake_layer(
-    cell, gx, w_hh, b_hh, h0, c0, reverse, save, control, rows, w_hr, h_mask, keep
+    cell, x, w_ih, b_ih, w_hh, b_hh, h0, c0, reverse, save, control, rows, w_hr, h_mask, keep
 ) -> tuple[Tensor, ...]:
-    _one_device(
-        gx.device, w_hh=w_hh, b_hh=b_hh, h0=h0, c0=c0, control=control, rows=rows, w_hr=w_hr
-    )
+    weights = {"w_ih": w_ih, "b_ih": b_ih, "w_hh": w_hh, "b_hh": b_hh, "w_hr": w_hr}
+    _one_device("x", x.device, **weights, h0=h0, c0=c0, control=control, rows=rows)
     spec = _BY_ID[cell]
     hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
-    lead, batch = gx.shape[:-1], (gx if rows is None else rows).shape[1]
-    carry = carry_dtype(gx.dtype)
+    lead, batch = x.shape[:-1], (x if rows is None else rows).shape[1]
+    carry = carry_dtype(x.dtype)
     has_c = spec.states == 2
     return (
-        gx.new_empty((*lead, width)),
-        gx.new_empty((*lead, hidden) if has_c and save else (0,)),
-        gx.new_empty((batch, width), dtype=carry),
-        gx.new_empty((batch, hidden) if has_c else (0,), dtype=carry),
-        gx.new_empty((*lead, spec.saved * hidden) if save and spec.saved else (0,)),
+        x.new_empty((*lead, width)),
+        x.new_empty((*lead, hidden) if has_c and save else (0,)),
+        x.new_empty((batch, width), dtype=carry),
+        x.new_empty((batch, hidden) if has_c else (0,), dtype=carry),
+        x.new_empty((*lead, spec.saved * hidden) if save and spec.saved else (0,)),
     )
-
-
-def _fake_layer_in_place(cell, gx, w_hh, b_hh, h0, c0, reverse, *options) -> tuple[Tensor, ...]:
-    return _fake_layer(cell, gx, w_hh, b_hh, h0, c0, reverse, True, *options)[:4]
 
 
 def _fake_layer_backward(
     cell,
+    wanted,
     dh,
     dc,
     dh_n,
@@ -94,6 +91,8 @@ def _fake_layer_backward(
     h,
     c,
     saved,
+    x,
+    w_ih,
     w_hh,
     h0,
     c0,
@@ -104,39 +103,32 @@ def _fake_layer_backward(
     h_mask,
     keep,
 ) -> tuple[Tensor, ...]:
-    _one_device(
-        h.device,
-        dh=dh,
-        dc=dc,
-        dh_n=dh_n,
-        dc_n=dc_n,
-        c=c,
-        saved=saved,
-        w_hh=w_hh,
-        h0=h0,
-        c0=c0,
-        control=control,
-        rows=rows,
-        w_hr=w_hr,
-    )
+    grads = {"dh": dh, "dc": dc, "dh_n": dh_n, "dc_n": dc_n}
+    inputs = {"w_ih": w_ih, "w_hh": w_hh, "h0": h0, "c0": c0, "w_hr": w_hr}
+    kept = {"h": h, "c": c, "saved": saved, "control": control, "rows": rows}
+    _one_device("x", x.device, **grads, **inputs, **kept)
     spec = _BY_ID[cell]
-    hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
-    lead, batch = h.shape[:-1], (h if rows is None else rows).shape[1]
-    carry = carry_dtype(h.dtype)
-    gates = (*lead, spec.gates * hidden)
-    has_holes = control is not None or rows is not None
+    gates, width = w_hh.shape
+    hidden, batch = gates // spec.gates, (x if rows is None else rows).shape[1]
+    carry = carry_dtype(x.dtype)
+
+    def gradient(bit: int, exists: bool, shape: tuple[int, ...]) -> Tensor:
+        return x.new_empty(shape if wanted & bit and exists else (0,))
+
     return (
-        h.new_empty(gates),
-        h.new_empty((0,) if spec.folds_bias else gates),
-        h.new_empty((batch, width), dtype=carry),
-        h.new_empty((batch, hidden) if spec.states == 2 else (0,), dtype=carry),
-        h.new_empty((*lead, width) if has_holes else (0,)),
-        h.new_empty((0,) if w_hr is None else (*lead, width)),
+        gradient(1, True, x.shape),
+        gradient(2, w_ih is not None, (gates, x.shape[-1])),
+        gradient(4, w_ih is not None, (gates,)),
+        gradient(8, True, (gates, width)),
+        gradient(16, True, (gates,)),
+        x.new_empty((batch, width), dtype=carry),
+        x.new_empty((batch, hidden) if spec.states == 2 else (0,), dtype=carry),
+        gradient(32, w_hr is not None, (width, hidden)),
     )
 
 
 def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
-    _one_device(gx.device, gh=gh, h=h, c=c)
+    _one_device("gx", gx.device, gh=gh, h=h, c=c)
     spec = _BY_ID[cell]
     batch, hidden = h.shape
     return (
@@ -147,21 +139,20 @@ def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
 
 
 def _fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...]:
-    _one_device(h1.device, dh1=dh1, dc1=dc1, c1=c1, saved=saved, h=h, c=c)
+    _one_device("h1", h1.device, dh1=dh1, dc1=dc1, c1=c1, saved=saved, h=h, c=c)
     spec = _BY_ID[cell]
     batch, hidden = h1.shape
     gates = (batch, spec.gates * hidden)
     return (
         h1.new_empty(gates),
-        h1.new_empty((0,) if spec.folds_bias else gates),
-        h1.new_empty((0,) if spec.folds_bias else (batch, hidden)),
+        h1.new_empty(gates if spec.splits_gates else (0,)),
+        h1.new_empty((batch, hidden) if spec.splits_gates else (0,)),
         h1.new_empty((batch, hidden) if spec.states == 2 else (0,)),
     )
 
 
 if UNAVAILABLE is None:
     torch.library.register_fake("fused_rnn::layer", _fake_layer)
-    torch.library.register_fake("fused_rnn::layer_", _fake_layer_in_place)
     torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
     torch.library.register_fake("fused_rnn::step", _fake_step)
     torch.library.register_fake("fused_rnn::step_backward", _fake_step_backward)

@@ -76,8 +76,9 @@ class Problem:
         return self.options | {name: self.operands[name] for name in KEYWORDS}
 
     def op_arguments(self, *, save: bool = True) -> list[Any]:
-        """What torch.ops.fused_rnn.layer takes, for a problem without ``w_ih``."""
-        _, *tensors = self.arguments()
+        """What torch.ops.fused_rnn.layer takes."""
+        names = ("x", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0")
+        tensors = [self.operands[name] for name in names]
         control, rows = self.options.get("control"), self.options.get("rows")
         options = (control, rows, self.operands["w_hr"], None, None)
         return [self.cell.id, *tensors, self.options["reverse"], save, *options]

@@ -16,9 +16,10 @@ pytestmark = [pytest.mark.op, needs_native]
 
 ops = torch.ops.fused_rnn
 
-# T, N, H: ones, sizes that no vector divides, more rows than are multiplied at a time (24), a
-# product longer than a slice of the weights.
+# T, N, H: ones, sizes that no vector divides, more rows than are multiplied at a time, more rows
+# than a chunk has (256): of many sequences, of one.
 SHAPES = ((1, 1, 1), (1, 3, 25), (7, 1, 31), (5, 4, 33), (3, 2, 60), (4, 9, 130), (33, 26, 8))
+SHAPES += ((520, 1, 17), (3, 300, 5))
 ROWS = ("", "packed", "scattered")
 
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from layers import HOLD, make_problem
+from layers import make_problem
 from numerics import DTYPES, cases, needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -21,13 +21,17 @@ def projects(cell, P, shape, **_):
     return not P or (cell == "lstm" and shape[2] > P)
 
 
-def op_inputs_and_outputs(problem):
+EVERYTHING = 63
+
+
+def op_inputs_and_outputs(problem, wanted=EVERYTHING):
     forward = problem.op_arguments()
     h, c, h_n, _, saved = outputs = ops.layer(*forward)
-    _, _, w_hh, _, h0, c0, reverse, _, *options = forward
+    _, x, w_ih, _, w_hh, _, h0, c0, reverse, _, *options = forward
     grads = [problem.grads.get(name) for name in ("h", "c", "h_n", "c_n")]
     grads = [x if x is None or i < 2 else x.to(h_n.dtype) for i, x in enumerate(grads)]
-    backward = [problem.cell.id, *grads, h, c, saved, w_hh, h0, c0, reverse, *options]
+    inputs = (x, w_ih, w_hh, h0, c0, reverse)
+    backward = [problem.cell.id, wanted, *grads, h, c, saved, *inputs, *options]
     return (forward, outputs), (backward, ops.layer_backward(*backward))
 
 
@@ -38,6 +42,7 @@ def op_inputs_and_outputs(problem):
     shape=((3, 2, 25), (1, 1, 8)),
     P=(0, 5),
     control=(False, True),
+    product=(False, True),
     rows=ROWS,
     states=(False, True),
 )
@@ -63,6 +68,7 @@ def test_ops_neither_change_nor_return_their_inputs(case):
     shape=((3, 2, 25), (1, 1, 8), (2, 0, 8)),
     P=(0, 5),
     control=(False, True),
+    product=(False, True),
     rows=("", "scattered"),
 )
 @pytest.mark.parametrize("save", [False, True])
@@ -91,6 +97,7 @@ def checked(op, inputs):
     shape=((3, 2, 8),),
     P=(0, 5),
     control=(False, True),
+    product=(False, True),
     rows=("", "scattered"),
 )
 @pytest.mark.parametrize("op", ["layer", "layer_backward"])
@@ -99,70 +106,45 @@ def test_opcheck(op, case):
     assert checked(op, forward if op == "layer" else backward) == {"SUCCESS"}
 
 
-def in_place(problem):
-    """The arguments of layer_ for those of layer."""
-    cell, gx, *tensors, reverse, _, control, rows, w_hr, h_mask, keep = problem.op_arguments()
-    return [cell, gx.clone(), *tensors, reverse, control, rows, w_hr, h_mask, keep]
-
-
 @cases(
     projects,
-    cell=[name for name, cell in CELLS.items() if cell.saved == cell.gates],
+    cell=CELLS,
     dtype=DTYPES,
-    shape=((5, 3, 33), (2, 26, 8), (1, 1, 1), (2, 0, 8)),
+    shape=((3, 2, 25), (2, 0, 8)),
     P=(0, 5),
-    reverse=(False, True),
     control=(False, True),
+    product=(False, True),
     rows=ROWS,
-    states=(False, True),
 )
-def test_in_place_op_is_the_other_with_what_is_saved_in_gx(case):
+def test_backward_gives_what_is_wanted_and_nothing_else(case):
+    """Each gradient alone is the one that comes with all others; the rest is empty."""
     problem = make_problem(**case)
-    inputs = in_place(problem)
-    *expected, saved = ops.layer(*problem.op_arguments())
-    for name, ours, other in zip(
-        ("h", "c", "h_n", "c_n"), ops.layer_(*inputs), expected, strict=True
-    ):
-        assert torch.equal(ours, other), f"{name} of {problem}"
-        if ours.numel():
-            assert ours.untyped_storage().data_ptr() != inputs[1].untyped_storage().data_ptr()
-    live = torch.ones(saved.shape[:-1], dtype=torch.bool)
-    if case["control"]:
-        held = (problem.options["control"] & HOLD).bool()
-        rows = problem.options.get("rows")
-        if rows is None:
-            live = ~held
-        else:
-            live[rows[(rows >= 0) & held].long()] = False
-    assert torch.equal(inputs[1][live], saved[live]), f"saved of {problem}"
-
-
-def test_opcheck_of_the_in_place_op():
-    problem = make_problem("lstm", torch.float32, (3, 2, 8))
-    assert checked("layer_", in_place(problem)) == {"SUCCESS"}
-
-
-def test_in_place_op_refuses_what_does_not_fit():
-    for name, cell in CELLS.items():
-        if cell.saved != cell.gates:
-            with pytest.raises(RuntimeError, match="saves all its gates"):
-                ops.layer_(*in_place(make_problem(name, torch.float32, (3, 2, 8))))
-    inputs = in_place(make_problem("lstm", torch.float32, (3, 2, 8)))
-    inputs[1] = inputs[1].transpose(0, 1).contiguous().transpose(0, 1)
-    with pytest.raises(RuntimeError, match="contiguous gx"):
-        ops.layer_(*inputs)
+    _, (backward, everything) = op_inputs_and_outputs(problem)
+    states = (5, 6)
+    assert len(everything) == 8
+    for bit, place in enumerate(p for p in range(8) if p not in states):
+        backward[1] = 1 << bit
+        alone = ops.layer_backward(*backward)
+        for other, x in enumerate(alone):
+            if other == place or other in states:
+                assert torch.equal(x, everything[other]), f"output {other} of {problem}"
+            else:
+                assert x.shape == (0,), f"output {other} of {problem}"
 
 
 def test_every_op_is_checked():
     """What the library registers is what the tests here and in test_step.py name."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if "fused_rnn::" in name}
-    expected = {"layer", "layer_", "layer_backward", "step", "step_backward"}
+    expected = {"layer", "layer_backward", "step", "step_backward"}
     assert {name.split("::")[1] for name in names} == expected
 
 
 # The ops' arguments, in the order of their schemas.
-LAYER = "cell gx w_hh b_hh h0 c0 reverse save control rows w_hr h_mask keep"
-LAYER_BACKWARD = "cell dh dc dh_n dc_n h c saved w_hh h0 c0 reverse control rows w_hr h_mask keep"
+LAYER = "cell x w_ih b_ih w_hh b_hh h0 c0 reverse save control rows w_hr h_mask keep"
+LAYER_BACKWARD = (
+    "cell wanted dh dc dh_n dc_n h c saved x w_ih w_hh h0 c0 reverse control rows w_hr h_mask keep"
+)
+OPERANDS = ("w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0", "control", "rows", "w_hr")
 
 # Every operand with one too few and one too many at its end, and in its first dimension.
 RESIZED = {
@@ -186,7 +168,7 @@ def refused(op, names, inputs, name, change):
 
 @pytest.mark.parametrize("how", RESIZED)
 @pytest.mark.parametrize("rows", ["", "scattered"])
-@pytest.mark.parametrize("name", ["gx", "w_hh", "b_hh", "h0", "c0", "control", "rows", "w_hr"])
+@pytest.mark.parametrize("name", ["x", *OPERANDS])
 def test_layer_refuses_wrong_sizes_in_a_sentence(name, rows, how):
     if name == "rows" and not rows:
         pytest.skip("there are no rows in this form")
@@ -196,7 +178,7 @@ def test_layer_refuses_wrong_sizes_in_a_sentence(name, rows, how):
 
 @pytest.mark.parametrize("how", RESIZED)
 @pytest.mark.parametrize("rows", ["", "scattered"])
-@pytest.mark.parametrize("name", [*LAYER_BACKWARD.split()[1:11], "control", "rows", "w_hr"])
+@pytest.mark.parametrize("name", [*LAYER_BACKWARD.split()[2:14], "control", "rows", "w_hr"])
 def test_layer_backward_refuses_wrong_sizes_in_a_sentence(name, rows, how):
     inputs = template(rows)[1]
     if inputs[LAYER_BACKWARD.split().index(name)] is None:
@@ -206,12 +188,14 @@ def test_layer_backward_refuses_wrong_sizes_in_a_sentence(name, rows, how):
 
 def template(rows):
     """An LSTM with every operand: arguments of layer and layer_backward."""
-    problem = make_problem("lstm", torch.float32, (3, 2, 8), P=5, control=True, rows=rows)
+    problem = make_problem(
+        "lstm", torch.float32, (3, 2, 8), P=5, control=True, rows=rows, product=True
+    )
     (forward, _), (backward, _) = op_inputs_and_outputs(problem)
     return forward, backward
 
 
-@pytest.mark.parametrize("name", ["w_hh", "b_hh", "h0", "c0", "control", "rows", "w_hr"])
+@pytest.mark.parametrize("name", OPERANDS)
 def test_layer_refuses_other_dtypes_and_devices(name):
     forward = template("scattered")[0]
     for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64):
@@ -221,8 +205,8 @@ def test_layer_refuses_other_dtypes_and_devices(name):
     assert f"{name} is on another device" in message
 
 
-@pytest.mark.parametrize("name", ["w_hh", "b_hh", "w_hr"])
-def test_weights_must_have_the_dtype_of_gx(name):
+@pytest.mark.parametrize("name", ["w_ih", "b_ih", "w_hh", "b_hh", "w_hr"])
+def test_weights_must_have_the_dtype_of_x(name):
     """Only states may come in another, the carry dtype."""
     forward = template("")[0]
     for dtype in (torch.bfloat16, torch.float16):
@@ -231,7 +215,7 @@ def test_weights_must_have_the_dtype_of_gx(name):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
 def test_layer_computes_in_four_dtypes(dtype):
-    message = refused(ops.layer, LAYER, template("")[0], "gx", lambda x: x.to(dtype))
+    message = refused(ops.layer, LAYER, template("")[0], "x", lambda x: x.to(dtype))
     assert "float32, float64, bfloat16 or float16" in message
 
 

@@ -1,29 +1,13 @@
-// The backward time loop over one thread's share of the batch: at each step the gates' gradients
-// of the live rows, then the product that carries them to the step before.
+// A layer backward, chunk after chunk from the end: its steps, each thread with its share of the
+// batch; then, while the gates' gradients are in the cache, the gradients of input and weights.
 #pragma once
 
 #include "rows.h"
+#include "weight_gradient.h"
 
 namespace FUSED_RNN_NAMESPACE {
 
 using fused_rnn::BackwardArgs;
-
-template <class Cell, class T>
-struct BackwardWeights {
-  using A = typename Arithmetic<T>::type;
-  Panels<A> hidden, projection;
-
-  BackwardWeights(const BackwardArgs& a, Arena& arena)
-      : hidden(1, a.R, Cell::kGates * a.H), projection(1, a.w_hr ? a.H : 0, a.R) {
-    hidden.weights = arena.take<A>(hidden.size());
-    projection.weights = arena.take<A>(projection.size());
-    hidden.bias = projection.bias = nullptr;
-  }
-  void pack(const BackwardArgs& a) {
-    hidden.pack_transposed(static_cast<const T*>(a.w_hh));
-    if (a.w_hr) projection.pack_transposed(static_cast<const T*>(a.w_hr));
-  }
-};
 
 template <class Cell, class T>
 class Backward {
@@ -31,70 +15,116 @@ class Backward {
   using V = Vec<A>;
   static constexpr int64_t kWidth = V::kWidth;
   static constexpr int kGates = Cell::kGates;
-  // Where gradients are stored in the type they are computed in, the product reads the output.
-  static constexpr bool kReadsOutput = sizeof(T) == sizeof(A);
+  static constexpr bool kSplits = Cell::kSplitsGates;
+  static constexpr bool kProjects = Cell::kStates == 2;  // may have a projection
+  // Only the last gate of a cell that splits them has two gradients: dgh's comes after dgx's.
+  static constexpr int kBlockGates = kGates + kSplits;
+  static constexpr int kSplitFrom = kSplits ? kGates - 1 : -1, kSplitTo = kSplits ? kGates : -1;
   // Where the state before a row lies, if not in a row of h.
   static constexpr int64_t kInitial = -1, kZero = -2;
 
   struct Live {
-    int64_t index;     // in dgx, h, c, saved
-    int64_t previous;  // row of h and c with the state before, or kInitial, kZero
-    int64_t n;         // in the batch
-    A* dgh;            // [G*H] what the product reads
-    bool passes;       // a gradient reaches the incoming state
+    int64_t slot, index;  // index: in h, c, saved
+    int64_t previous;     // row of h and c with the state before, or kInitial, kZero
+    int64_t n;            // in the batch
+    bool passes;          // a gradient reaches the incoming state
   };
 
   const BackwardArgs& a;
-  const BackwardWeights<Cell, T>& weights;
-  const Share share;
-  int64_t* previous;  // [T][count], only with control or rows
-  A* gates;           // [count][G*H] where the output cannot be read back
-  A* dh_total;        // [count][R], with a projection
-  A* dh_unprojected;  // [count][H], with a projection
-  T* zeros;           // [max(H, R)]
-  Live* live;         // [count]
-  const A** x;        // [count]
-  int64_t* who;       // [count] index into live of each row of x
+  const Schedule& schedule;
+  Panels<A> hidden, input, projection;
+  Slots slots;
+  WeightGradient<A> ih, hh, hr;
+  const int64_t unit_blocks;
+  A* dgx;              // [slots][G*H], for dx
+  Blocks<A> gates;     // both again, for the weights
+  Blocks<A> dh_sums;   // dL/dh of the projected states, for w_hr
+  A* bias_sums;        // [kBlockGates * unit blocks][kWidth]
+  const T** before;    // [slots] the hidden state that entered the step
+  const A** dgx_rows;  // [slots]
+  int64_t* previous;   // [T][N], only with control or rows
+  T* zeros;            // [max(H, R)]
+  // By place among the shares:
+  A* dgh;             // [N][G*H] of the current step
+  A* dh_total;        // [N][R], with a projection
+  A* dh_unprojected;  // [N][H], with a projection
+  Live* live;
+  const A** x;
+  int64_t* who;  // index into live of each row of x
 
  public:
-  Backward(const BackwardArgs& a, const BackwardWeights<Cell, T>& weights, Share share,
-           Arena& arena)
-      : a(a), weights(weights), share(share) {
-    previous = arena.take<int64_t>(has_holes() ? a.T * share.count : 0);
-    gates = arena.take<A>(kReadsOutput ? 0 : share.count * kGates * a.H);
-    dh_total = arena.take<A>(a.w_hr ? share.count * a.R : 0);
-    dh_unprojected = arena.take<A>(a.w_hr ? share.count * a.H : 0);
+  Backward(const BackwardArgs& a, const Schedule& schedule, Arena& arena)
+      : a(a),
+        schedule(schedule),
+        hidden(1, a.R, kGates * a.H),
+        input(1, a.w_ih && a.dx ? a.I : 0, kGates * a.H),
+        projection(1, a.w_hr ? a.H : 0, a.R),
+        slots(a, schedule, arena),
+        ih(a.dw_ih ? kGates : 0, a.H, a.I, slots.capacity, arena),
+        hh(a.dw_hh ? kGates : 0, a.H, a.R, slots.capacity, arena, kSplitFrom, kSplitTo),
+        hr(a.dw_hr ? 1 : 0, a.R, a.H, slots.capacity, arena),
+        unit_blocks(padded<A>(a.H) / kWidth) {
+    hidden.take(arena, false);
+    input.take(arena, false);
+    projection.take(arena, false);
+    dgx = arena.take<A>(a.dx ? slots.capacity * kGates * a.H : 0);
+    gates.capacity = dh_sums.capacity = slots.capacity;
+    gates.data = arena.take<A>(slots.capacity * kBlockGates * unit_blocks * kWidth);
+    dh_sums.data = arena.take<A>(a.dw_hr ? slots.capacity * padded<A>(a.R) : 0);
+    bias_sums = arena.take<A>(kBlockGates * unit_blocks * kWidth);
+    before = arena.take<const T*>(slots.capacity);
+    dgx_rows = arena.take<const A*>(slots.capacity);
+    previous = arena.take<int64_t>(has_holes() ? a.T * a.N : 0);
     zeros = arena.take<T>(a.H > a.R ? a.H : a.R);
-    live = arena.take<Live>(share.count);
-    x = arena.take<const A*>(share.count);
-    who = arena.take<int64_t>(share.count);
+    dgh = arena.take<A>(a.N * kGates * a.H);
+    dh_total = arena.take<A>(a.w_hr ? a.N * a.R : 0);
+    dh_unprojected = arena.take<A>(a.w_hr ? a.N * a.H : 0);
+    live = arena.take<Live>(a.N);
+    x = arena.take<const A*>(a.N);
+    who = arena.take<int64_t>(a.N);
   }
 
   void run() {
+    pack();
     start();
-    for (int64_t step = a.T - 1; step >= 0; --step) {
-      const int64_t count = find_live(step);
-      if (projects()) unproject(count);
-      int64_t j = 0;
-      for (; j + 1 < count; j += 2) update_units<2>(j);
-      if (j < count) update_units<1>(j);
-      propagate(count);
+    for (int64_t end = a.T; end > 0; end -= schedule.steps) {
+      const int64_t first = end < schedule.steps ? 0 : end - schedule.steps;
+      slots.open(a, first, end - first, true);
+      parallel(schedule, schedule.shares, [&](int64_t i) { run_steps(Share(a, schedule, i)); });
+      input_gradient_and_factors();
+      weight_gradients();
     }
+    finish();
   }
 
  private:
   bool has_holes() const { return a.control || a.rows; }
-  bool projects() const { return Cell::kStates == 2 && a.w_hr; }
+  bool projects() const { return kProjects && a.w_hr; }
   A* dh0(int64_t n) const { return static_cast<A*>(a.dh0) + n * a.R; }
   A* dc0(int64_t n) const { return static_cast<A*>(a.dc0) + n * a.H; }
 
+  void pack() {
+    const int64_t hiddens = hidden.count(), inputs = input.count();
+    parallel(schedule, hiddens + inputs + projection.count(), [&](int64_t i) {
+      if (i < hiddens)
+        hidden.pack_transposed(i, static_cast<const T*>(a.w_hh));
+      else if (i < hiddens + inputs)
+        input.pack_transposed(i - hiddens, static_cast<const T*>(a.w_ih));
+      else
+        projection.pack_transposed(i - hiddens - inputs, static_cast<const T*>(a.w_hr));
+    });
+  }
+
   void start() {
     memset(static_cast<void*>(zeros), 0, sizeof(T) * size_t(a.H > a.R ? a.H : a.R));
-    for (int64_t i = 0; i < share.count; ++i) {
-      const int64_t n = row_of(share, i);
+    memset(bias_sums, 0, sizeof(A) * size_t(kBlockGates * unit_blocks * kWidth));
+    ih.clear();
+    hh.clear();
+    hr.clear();
+    for (int64_t n = 0; n < a.N; ++n) {
       copy_or_zero(dh0(n), a.dh_n, n, a.R);
       if constexpr (Cell::kStates == 2) copy_or_zero(dc0(n), a.dc_n, n, a.H);
-      if (has_holes()) trace_back(i, n);
+      if (has_holes()) trace_back(n);
     }
   }
 
@@ -106,47 +136,45 @@ class Backward {
   }
 
   // For every step of row n, where the state before it lies.
-  void trace_back(int64_t i, int64_t n) {
+  void trace_back(int64_t n) {
     int64_t last = kInitial;
     for (int64_t step = 0; step < a.T; ++step) {
       const Step at(a, step);
-      previous[step * share.count + i] = (at.control(n) & kClear) ? kZero : last;
+      previous[step * a.N + n] = (at.control(n) & kClear) ? kZero : last;
       if (!at.holds(n)) last = at.index(n);
     }
   }
 
-  int64_t find_live(int64_t step) {
-    const Step at(a, step);
-    int64_t count = 0;
-    for (int64_t i = 0; i < share.count; ++i) {
-      const int64_t n = row_of(share, i), index = at.index(n);
-      if (at.holds(n)) {
-        zero_row<T>(a.dgx, index, kGates * a.H);
-        zero_row<T>(a.dgh, index, kGates * a.H);
-        zero_row<T>(a.h_in, index, a.R);
-        zero_row<T>(a.dh_total, index, a.R);
-        continue;
-      }
-      const int64_t before = has_holes() ? previous[step * share.count + i]
-                             : step == 0 ? kInitial
-                                         : index + (a.reverse ? a.N : -a.N);
-      live[count] = {index, before, n, product_input(index, count),
-                     !(at.control(n) & (kClear | kCut))};
-      if (a.h_in) {
-        T* to = static_cast<T*>(a.h_in) + index * a.R;
-        memcpy(static_cast<void*>(to), state_before(a.h, a.h0, live[count], a.R),
-               sizeof(T) * size_t(a.R));
-      }
-      ++count;
+  void run_steps(Share share) {
+    for (int64_t step = slots.first_step() + slots.steps() - 1; step >= slots.first_step();
+         --step) {
+      const int64_t end = share.place + find_live(share, step);
+      if (projects()) unproject(share.place, end);
+      int64_t j = share.place;
+      for (; j + 1 < end; j += 2) update_units<2>(j);
+      if (j < end) update_units<1>(j);
+      propagate(share.place, end);
     }
-    return count;
   }
 
-  // dL/d(recurrent product) of the j-th live row, in the arithmetic type.
-  A* product_input(int64_t index, int64_t j) const {
-    if constexpr (kReadsOutput)
-      return static_cast<A*>(Cell::kSplitsGates ? a.dgh : a.dgx) + index * kGates * a.H;
-    return gates + j * kGates * a.H;
+  int64_t find_live(Share share, int64_t step) {
+    const Step at(a, step);
+    int64_t count = share.place;
+    for (int64_t i = 0; i < share.count; ++i) {
+      const int64_t n = share.row(i), slot = slots.at(step, n);
+      if (slot < 0) {
+        zero_row<T>(a.dx, at.index(n), a.I);
+        continue;
+      }
+      const int64_t index = slots.index[slot];
+      const int64_t last = has_holes() ? previous[step * a.N + n]
+                           : step == 0 ? kInitial
+                                       : index + (a.reverse ? a.N : -a.N);
+      live[count] = {slot, index, last, n, !(at.control(n) & (kClear | kCut))};
+      before[slot] = state_before(a.h, a.h0, live[count], a.R);
+      ++count;
+    }
+    return count - share.place;
   }
 
   const T* state_before(const void* states, const void* initial, const Live& row,
@@ -157,20 +185,20 @@ class Backward {
   }
 
   // dL/dh of the projected state, then of the state before the projection.
-  void unproject(int64_t count) {
-    for (int64_t j = 0; j < count; ++j) {
+  void unproject(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
       A* total = dh_total + j * a.R;
       x[j] = total;
       for (int64_t unit = 0; unit < a.R; unit += kWidth) {
         const int64_t n = a.R - unit;
         const V dh = add(V::load(dh0(live[j].n) + unit, n), a.dh, live[j].index * a.R + unit, n);
         dh.store(total + unit, n);
-        dh.store(static_cast<T*>(a.dh_total) + live[j].index * a.R + unit, n);
+        if (a.dw_hr) dh.store(dh_sums.at(unit / kWidth, live[j].slot));
       }
       memset(dh0(live[j].n), 0, sizeof(A) * size_t(a.R));
     }
-    multiply(weights.projection, x, count, [&](int64_t j, int64_t unit, int64_t n, V dh) {
-      dh.store(dh_unprojected + j * a.H + unit, n);
+    multiply(projection, x + begin, end - begin, [&](int64_t j, int64_t unit, int64_t n, V dh) {
+      dh.store(dh_unprojected + (begin + j) * a.H + unit, n);
     });
   }
 
@@ -189,7 +217,7 @@ class Backward {
     const int64_t n = kFull ? kWidth : a.H - unit;
     const Live* row = live + j;
     X s[Cell::kStates], s1[Cell::kStates], ds1[Cell::kStates], ds[Cell::kStates], saved[4],
-        dgx[kGates], dgh[kGates];
+        dx[kGates], dh[kGates];
     X::each([&](int k) {
       const int64_t index = row[k].index;
       if (projects()) {
@@ -199,7 +227,7 @@ class Backward {
         s1[0].part[k] = V::load(static_cast<const T*>(a.h) + index * a.R + unit, n);
       }
       if constexpr (Cell::kHiddenIsElementwise)
-        s[0].part[k] = V::load(state_before(a.h, a.h0, row[k], a.R) + unit, n);
+        s[0].part[k] = V::load(before[row[k].slot] + unit, n);
       if constexpr (Cell::kStates == 2) {
         ds1[1].part[k] = add(V::load(dc0(row[k].n) + unit, n), a.dc, index * a.H + unit, n);
         s[1].part[k] = V::load(state_before(a.c, a.c0, row[k], a.H) + unit, n);
@@ -210,17 +238,23 @@ class Backward {
       for (int i = 0; i < Cell::kSaved; ++i) saved[i].part[k] = V::load(saved_at + i * a.H, n);
     });
 
-    Cell::backward(ds1, saved, s, s1, dgx, dgh, ds);
+    Cell::backward(ds1, saved, s, s1, dx, dh, ds);
 
     X::each([&](int k) {
-      const int64_t at = row[k].index * kGates * a.H + unit;
+      const int64_t slot = row[k].slot, block = unit / kWidth;
+      A* to = dgh + (j + k) * kGates * a.H + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g) {
-        dgx[g].part[k].store(static_cast<T*>(a.dgx) + at + g * a.H, n);
-        if constexpr (Cell::kSplitsGates)
-          dgh[g].part[k].store(static_cast<T*>(a.dgh) + at + g * a.H, n);
-        if constexpr (!kReadsOutput) dgh[g].part[k].store(row[k].dgh + g * a.H + unit, n);
+        dh[g].part[k].store(to + g * a.H, n);
+        dx[g].part[k].store(gates.at(g * unit_blocks + block, slot));
       }
+      if (a.dx) {
+        to = dgx + slot * kGates * a.H + unit;
+#pragma GCC unroll 4
+        for (int g = 0; g < kGates; ++g) dx[g].part[k].store(to + g * a.H, n);
+      }
+      if constexpr (kSplits)
+        dh[kSplitFrom].part[k].store(gates.at(kSplitTo * unit_blocks + block, slot));
       const V zero(0);
       if (!projects()) (row[k].passes ? ds[0].part[k] : zero).store(dh0(row[k].n) + unit, n);
       if constexpr (Cell::kStates == 2)
@@ -234,17 +268,107 @@ class Backward {
   }
 
   // Through the recurrent product into the state before.
-  void propagate(int64_t count) {
-    int64_t passing = 0;
-    for (int64_t j = 0; j < count; ++j) {
+  void propagate(int64_t begin, int64_t end) {
+    int64_t passing = begin;
+    for (int64_t j = begin; j < end; ++j) {
       if (!live[j].passes) continue;
-      x[passing] = live[j].dgh;
+      x[passing] = dgh + j * kGates * a.H;
       who[passing++] = live[j].n;
     }
-    multiply(weights.hidden, x, passing, [&](int64_t j, int64_t unit, int64_t n, V dh) {
-      A* to = dh0(who[j]) + unit;
+    multiply(hidden, x + begin, passing - begin, [&](int64_t j, int64_t unit, int64_t n, V dh) {
+      A* to = dh0(who[begin + j]) + unit;
       (dh + V::load(to, n)).store(to, n);
     });
+  }
+
+  // dx of the chunk, and the factors that its gate gradients meet in the weights' gradients.
+  void input_gradient_and_factors() {
+    const int64_t parts = a.dx ? schedule.workers : 0;
+    const int64_t ihs = ih.panels(), hhs = hh.panels();
+    parallel(schedule, parts + ihs + hhs + hr.panels(), [&](int64_t i) {
+      if (i < parts) return input_gradient(Range(slots.count, i, parts));
+      i -= parts;
+      if (i < ihs)
+        ih.pack(i, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+          return V::load(static_cast<const T*>(a.x) + slots.index[slot] * a.I + column, n);
+        });
+      else if (i < ihs + hhs)
+        hh.pack(i - ihs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+          return V::load(before[slot] + column, n);
+        });
+      else if constexpr (kProjects)
+        hr.pack(i - ihs - hhs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+          const int64_t index = slots.index[slot];
+          const T* o = static_cast<const T*>(a.saved) + (index * Cell::kSaved + 3) * a.H;
+          const T* c = static_cast<const T*>(a.c) + index * a.H;
+          return V::load(o + column, n) * tanh(V::load(c + column, n));
+        });
+    });
+  }
+
+  void input_gradient(Range range) {
+    T* to = static_cast<T*>(a.dx);
+    for (int64_t slot = range.begin; slot < range.end; ++slot) {
+      dgx_rows[slot] = dgx + slot * kGates * a.H;
+      if (!a.w_ih) copy_row(dgx_rows[slot], to + slots.index[slot] * a.I, a.I);
+    }
+    multiply(input, dgx_rows + range.begin, range.end - range.begin,
+             [&](int64_t j, int64_t unit, int64_t n, V dx) {
+               dx.store(to + slots.index[range.begin + j] * a.I + unit, n);
+             });
+  }
+
+  void weight_gradients() {
+    const int64_t parts = schedule.workers, ihs = ih.panels() ? parts : 0;
+    const int64_t hhs = hh.panels() ? parts : 0, hrs = hr.panels() ? parts : 0;
+    parallel(schedule, ihs + hhs + hrs + (a.db_ih || a.db_hh), [&](int64_t i) {
+      if (i < ihs) return ih.add(gates, slots.count, i, parts);
+      i -= ihs;
+      if (i < hhs) return hh.add(gates, slots.count, i, parts);
+      i -= hhs;
+      if (i < hrs) return hr.add(dh_sums, slots.count, i, parts);
+      sum_gates();
+    });
+  }
+
+  void sum_gates() {
+    // An addition waits four cycles for the one before: four blocks at a time.
+    constexpr int kBlocks = 4;
+    for (int64_t first = 0; first < kBlockGates * unit_blocks; first += kBlocks) {
+      const int64_t left = kBlockGates * unit_blocks - first;
+      const int blocks = int(left < kBlocks ? left : kBlocks);
+      const A* from[kBlocks];
+      V sum[kBlocks];
+      for (int b = 0; b < kBlocks; ++b) {
+        from[b] = gates.at(first + (b < blocks ? b : 0));
+        sum[b] = V::load(bias_sums + (first + (b < blocks ? b : 0)) * kWidth);
+      }
+      for (int64_t slot = 0; slot < slots.count; ++slot)
+#pragma GCC unroll 4
+        for (int b = 0; b < kBlocks; ++b) sum[b] = sum[b] + V::load(from[b] + slot * kWidth);
+      for (int b = 0; b < blocks; ++b) sum[b].store(bias_sums + (first + b) * kWidth);
+    }
+  }
+
+  void finish() {
+    const int64_t ihs = ih.panels(), hhs = hh.panels();
+    parallel(schedule, ihs + hhs + hr.panels(), [&](int64_t i) {
+      if (i < ihs)
+        ih.store(i, static_cast<T*>(a.dw_ih));
+      else if (i < ihs + hhs)
+        hh.store(i - ihs, static_cast<T*>(a.dw_hh));
+      else
+        hr.store(i - ihs - hhs, static_cast<T*>(a.dw_hr));
+    });
+    for (int g = 0; g < kGates; ++g) {
+      store_bias(g, g, a.db_ih);
+      store_bias(g == kSplitFrom ? kSplitTo : g, g, a.db_hh);
+    }
+  }
+
+  void store_bias(int64_t from, int64_t to, void* bias) const {
+    if (bias)
+      copy_row(bias_sums + from * unit_blocks * kWidth, static_cast<T*>(bias) + to * a.H, a.H);
   }
 };
 

@@ -1,5 +1,5 @@
-// The forward time loop over one thread's share of the batch. Rows never wait for each other, so
-// threads meet only at the end.
+// A layer forward, chunk after chunk: the input's product for all rows of the chunk, then its
+// steps, each thread with its share of the batch.
 #pragma once
 
 #include "rows.h"
@@ -8,146 +8,201 @@ namespace FUSED_RNN_NAMESPACE {
 
 using fused_rnn::ForwardArgs;
 
-// Weights packed for forward: one copy, read by all threads.
-template <class Cell, class T>
-struct ForwardWeights {
-  using A = typename Arithmetic<T>::type;
-  Panels<A> hidden, projection;
-
-  ForwardWeights(const ForwardArgs& a, Arena& arena)
-      : hidden(Cell::kGates, a.H, a.R), projection(1, a.w_hr ? a.R : 0, a.H) {
-    hidden.weights = arena.take<A>(hidden.size());
-    hidden.bias = a.b_hh ? arena.take<A>(hidden.bias_size()) : nullptr;
-    projection.weights = arena.take<A>(projection.size());
-    projection.bias = nullptr;
-  }
-  void pack(const ForwardArgs& a) {
-    hidden.pack(static_cast<const T*>(a.w_hh), static_cast<const T*>(a.b_hh));
-    if (a.w_hr) projection.pack(static_cast<const T*>(a.w_hr), static_cast<const T*>(nullptr));
-  }
-};
-
 template <class Cell, class T>
 class Forward {
   using A = typename Arithmetic<T>::type;
   using V = Vec<A>;
   static constexpr int64_t kWidth = V::kWidth;
-  // Where h is stored in the type it is computed in, the loop reads it back from the output.
-  static constexpr bool kReadsOutput = sizeof(T) == sizeof(A);
+  static constexpr int kGates = Cell::kGates;
+  // Where x and h are stored in the type they are computed in, they are read in place.
+  static constexpr bool kInPlace = sizeof(T) == sizeof(A);
 
   // One row that takes part in the current step.
   struct Live {
-    int64_t index;  // in gx, h, c, saved
-    const T* gx;
+    int64_t index;  // in h, c, saved
+    const A* gx;
     const A* c;  // cell state before the step
     A* c1;       // and after
     A* h1;       // new hidden state, before a projection
-    T* h_out;    // where it is also wanted in the dtype of gx, or null
+    T* h_out;    // where it is also wanted in the dtype of x, or null
     T* c_out;    // only to save
     T* saved;
   };
 
   const ForwardArgs& a;
-  const ForwardWeights<Cell, T>& weights;
-  const Share share;
-  const A** state;  // [count] each row's hidden state, of R
-  A* carry;         // [2][count][R] where the output cannot be read back
-  bool* flip;       // [count] which half of carry holds the state
-  A* zeros;         // [max(H, R)]
-  A* unprojected;   // [count][H]
-  Live* live;       // [count]
-  const A** x;      // [count] states of the live rows, as the product reads them
-  int64_t* who;     // [count] which row of the share is live
+  const Schedule& schedule;
+  Panels<A> input, hidden, projection;
+  Slots slots;
+  const int64_t gx_stride;
+  const A** input_rows;  // [slots] rows of x, as the product reads them
+  A* converted;          // [slots][I], where x cannot be read in place
+  A* gx;                 // [slots][gx_stride]
+  A* zeros;              // [max(H, R)]
+  // By the row's place among the shares:
+  const A** state;  // hidden state, of R
+  A* carry;         // [2][N][R], where the output cannot be read back
+  bool* flip;       // which half of carry holds the state
+  A* unprojected;   // [N][H]
+  Live* live;       // of the current step, from the share's place on; so are x and who
+  const A** x;      // states of the live rows, as the product reads them
+  int64_t* who;     // which row of the share is live
 
  public:
-  Forward(const ForwardArgs& a, const ForwardWeights<Cell, T>& weights, Share share, Arena& arena)
-      : a(a), weights(weights), share(share) {
-    state = arena.take<const A*>(share.count);
-    carry = arena.take<A>(kReadsOutput ? 0 : 2 * share.count * a.R);
-    flip = arena.take<bool>(share.count);
+  Forward(const ForwardArgs& a, const Schedule& schedule, Arena& arena)
+      : a(a),
+        schedule(schedule),
+        input(1, a.w_ih ? kGates * a.H : 0, a.I),
+        hidden(kGates, a.H, a.R),
+        projection(1, a.w_hr ? a.R : 0, a.H),
+        slots(a, schedule, arena),
+        gx_stride(padded<A>(kGates * a.H)) {
+    input.take(arena, a.b_ih);
+    hidden.take(arena, a.b_hh);
+    projection.take(arena, false);
+    input_rows = arena.take<const A*>(slots.capacity);
+    converted = arena.take<A>(kInPlace || !a.w_ih ? 0 : slots.capacity * a.I);
+    gx = arena.take<A>(slots.capacity * gx_stride + kWidth);  // whole vectors of the last units
     zeros = arena.take<A>(a.H > a.R ? a.H : a.R);
-    unprojected = arena.take<A>(a.w_hr ? share.count * a.H : 0);
-    live = arena.take<Live>(share.count);
-    x = arena.take<const A*>(share.count);
-    who = arena.take<int64_t>(share.count);
+    state = arena.take<const A*>(a.N);
+    carry = arena.take<A>(kInPlace ? 0 : 2 * a.N * a.R);
+    flip = arena.take<bool>(a.N);
+    unprojected = arena.take<A>(a.w_hr ? a.N * a.H : 0);
+    live = arena.take<Live>(a.N);
+    x = arena.take<const A*>(a.N);
+    who = arena.take<int64_t>(a.N);
   }
 
   void run() {
+    pack();
     start();
-    for (int64_t step = 0; step < a.T; ++step) {
-      const int64_t count = find_live(Step(a, step));
-      for (int64_t p = 0; p < weights.hidden.count(); ++p) {
-        const int vectors = weights.hidden.vectors(p);
-        for_each_tile(count, vectors,
-                      [&](int64_t first, int rows) { run_tile(p, vectors, first, rows); });
-      }
-      if (a.w_hr) project(count);
-      for (int64_t j = 0; j < count; ++j) {
-        const int64_t i = who[j];
-        state[i] = state_after(i, live[j].index);
-        if constexpr (!kReadsOutput) flip[i] = !flip[i];
-      }
+    for (int64_t first = 0; first < a.T; first += schedule.steps) {
+      const int64_t left = a.T - first;
+      slots.open(a, first, left < schedule.steps ? left : schedule.steps);
+      parallel(schedule, schedule.workers,
+               [&](int64_t i) { project_input(Range(slots.count, i, schedule.workers)); });
+      parallel(schedule, schedule.shares, [&](int64_t i) { run_steps(Share(a, schedule, i)); });
     }
     finish();
   }
 
  private:
-  A* state_after(int64_t i, int64_t index) const {
-    if constexpr (kReadsOutput) return static_cast<A*>(a.h) + index * a.R;
-    return carry + ((flip[i] ? 0 : share.count) + i) * a.R;
+  void pack() {
+    const int64_t inputs = input.count(), hiddens = hidden.count();
+    parallel(schedule, inputs + hiddens + projection.count(), [&](int64_t i) {
+      if (i < inputs)
+        input.pack(i, static_cast<const T*>(a.w_ih), static_cast<const T*>(a.b_ih));
+      else if (i < inputs + hiddens)
+        hidden.pack(i - inputs, static_cast<const T*>(a.w_hh), static_cast<const T*>(a.b_hh));
+      else
+        projection.pack(i - inputs - hiddens, static_cast<const T*>(a.w_hr),
+                        static_cast<const T*>(nullptr));
+    });
   }
 
   void start() {
     memset(zeros, 0, sizeof(A) * size_t(a.H > a.R ? a.H : a.R));
-    for (int64_t i = 0; i < share.count; ++i) {
-      const int64_t n = row_of(share, i);
-      state[i] = a.h0 ? static_cast<const A*>(a.h0) + n * a.R : zeros;
-      flip[i] = false;
-      if constexpr (Cell::kStates == 2) {
-        A* c = static_cast<A*>(a.c_n) + n * a.H;
-        if (a.c0)
-          memcpy(c, static_cast<const A*>(a.c0) + n * a.H, sizeof(A) * size_t(a.H));
-        else
-          memset(c, 0, sizeof(A) * size_t(a.H));
+    for (int64_t i = 0; i < schedule.shares; ++i) {
+      const Share share(a, schedule, i);
+      for (int64_t j = 0; j < share.count; ++j) start_row(share.row(j), share.place + j);
+    }
+  }
+
+  void start_row(int64_t n, int64_t place) {
+    state[place] = a.h0 ? static_cast<const A*>(a.h0) + n * a.R : zeros;
+    flip[place] = false;
+    if constexpr (Cell::kStates == 2) {
+      A* c = static_cast<A*>(a.c_n) + n * a.H;
+      if (a.c0)
+        memcpy(c, static_cast<const A*>(a.c0) + n * a.H, sizeof(A) * size_t(a.H));
+      else
+        memset(c, 0, sizeof(A) * size_t(a.H));
+    }
+  }
+
+  // gx of a range of slots.
+  void project_input(Range range) {
+    for (int64_t slot = range.begin; slot < range.end; ++slot) {
+      const T* row = static_cast<const T*>(a.x) + slots.index[slot] * a.I;
+      if (!a.w_ih) {
+        copy_row(row, gx + slot * gx_stride, a.I);
+      } else if constexpr (kInPlace) {
+        input_rows[slot] = row;
+      } else {
+        copy_row(row, converted + slot * a.I, a.I);
+        input_rows[slot] = converted + slot * a.I;
+      }
+    }
+    const int64_t count = range.end - range.begin;
+    for (int64_t p = 0; p < input.count(); ++p) {
+      const int vectors = input.vectors(p);
+      for_each_tile(count, vectors, [&](int64_t first, int rows) {
+        const int64_t slot = range.begin + first;
+        A* to = gx + slot * gx_stride + input.first_block(p) * kWidth;
+        find_tile<A>(vectors, rows)(input.panel_weights(p), input.panel_bias(p), input_rows + slot,
+                                    a.I, {to, gx_stride});
+      });
+    }
+  }
+
+  void run_steps(Share share) {
+    for (int64_t i = 0; i < slots.steps(); ++i) {
+      const int64_t count = find_live(share, slots.first_step() + i);
+      for (int64_t p = 0; p < hidden.count(); ++p) {
+        const int vectors = hidden.vectors(p);
+        for_each_tile(count, vectors, [&](int64_t first, int rows) {
+          run_tile(p, vectors, share.place + first, rows);
+        });
+      }
+      if (a.w_hr) project(share.place, count);
+      for (int64_t j = share.place; j < share.place + count; ++j) {
+        state[who[j]] = state_after(who[j], live[j].index);
+        if constexpr (!kInPlace) flip[who[j]] = !flip[who[j]];
       }
     }
   }
 
-  int64_t find_live(Step step) {
-    int64_t count = 0;
+  A* state_after(int64_t place, int64_t index) const {
+    if constexpr (kInPlace) return static_cast<A*>(a.h) + index * a.R;
+    return carry + ((flip[place] ? 0 : a.N) + place) * a.R;
+  }
+
+  int64_t find_live(Share share, int64_t step) {
+    const Step at(a, step);
+    int64_t count = share.place;
     for (int64_t i = 0; i < share.count; ++i) {
-      const int64_t n = row_of(share, i), index = step.index(n);
-      if (step.holds(n)) {
+      const int64_t n = share.row(i), slot = slots.at(step, n);
+      if (slot < 0) {
+        const int64_t index = at.index(n);
         zero_row<T>(a.h, index, a.R);
         zero_row<T>(a.c, index, a.H);
         zero_row<T>(a.saved, index, Cell::kSaved * a.H);
         continue;
       }
-      const bool clear = step.control(n) & kClear;
+      const int64_t place = share.place + i, index = slots.index[slot];
+      const bool clear = at.control(n) & kClear;
       A* c = Cell::kStates == 2 ? static_cast<A*>(a.c_n) + n * a.H : nullptr;
-      who[count] = i;
-      x[count] = clear ? zeros : state[i];
+      who[count] = place;
+      x[count] = clear ? zeros : state[place];
       Live& row = live[count++];
       row.index = index;
-      row.gx = static_cast<const T*>(a.gx) + index * Cell::kGates * a.H;
+      row.gx = gx + slot * gx_stride;
       row.c = clear ? zeros : c;
       row.c1 = c;
-      row.h1 = a.w_hr ? unprojected + i * a.H : state_after(i, index);
-      row.h_out = kReadsOutput || a.w_hr ? nullptr : static_cast<T*>(a.h) + index * a.R;
+      row.h1 = a.w_hr ? unprojected + place * a.H : state_after(place, index);
+      row.h_out = kInPlace || a.w_hr ? nullptr : static_cast<T*>(a.h) + index * a.R;
       row.c_out = static_cast<T*>(a.c) + index * a.H;
       row.saved = static_cast<T*>(a.saved) + index * Cell::kSaved * a.H;
     }
-    return count;
+    return count - share.place;
   }
 
   void run_tile(int64_t p, int vectors, int64_t first, int rows) {
-    const Panels<A>& panels = weights.hidden;
     alignas(kVectorBytes) A product[kMaxRows * kMaxVectors * kWidth];
-    find_tile<A>(vectors, rows)(panels.panel_weights(p), panels.panel_bias(p), x + first, a.R,
-                                product);
-    for (int b = 0; b < panels.block_count(p); ++b) {
-      const Block block{product + b * Cell::kGates * kWidth, vectors * kWidth,
-                        (panels.first_block(p) + b) * kWidth};
+    find_tile<A>(vectors, rows)(hidden.panel_weights(p), hidden.panel_bias(p), x + first, a.R,
+                                {product, vectors * kWidth});
+    for (int b = 0; b < hidden.block_count(p); ++b) {
+      const Block block{product + b * kGates * kWidth, vectors * kWidth,
+                        (hidden.first_block(p) + b) * kWidth};
       if (block.unit + kWidth <= a.H)
         update_rows<true>(first, rows, block);
       else
@@ -175,21 +230,21 @@ class Forward {
     using X = Several<A, K>;
     const int64_t unit = block.unit, n = kFull ? kWidth : a.H - unit;
     const Live* row = live + first;
-    X input[Cell::kGates], hidden[Cell::kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
+    X input[kGates], product[kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
     X::each([&](int k) {
-      const A* product = block.product + (j + k) * block.stride;
+      const A* from = block.product + (j + k) * block.stride;
 #pragma GCC unroll 4
-      for (int g = 0; g < Cell::kGates; ++g) {
-        input[g].part[k] = V::load(row[k].gx + g * a.H + unit, n);
-        hidden[g].part[k] = V::load(product + g * kWidth);
+      for (int g = 0; g < kGates; ++g) {
+        input[g].part[k] = V::load(row[k].gx + g * a.H + unit);
+        product[g].part[k] = V::load(from + g * kWidth);
       }
       if constexpr (Cell::kHiddenIsElementwise) s[0].part[k] = V::load(x[first + k] + unit, n);
       if constexpr (Cell::kStates == 2) s[1].part[k] = V::load(row[k].c + unit, n);
     });
-    Cell::forward(input, hidden, s, s1, saved);
+    Cell::forward(input, product, s, s1, saved);
     X::each([&](int k) {
       s1[0].part[k].store(row[k].h1 + unit, n);
-      if constexpr (!kReadsOutput)
+      if constexpr (!kInPlace)
         if (row[k].h_out) s1[0].part[k].store(row[k].h_out + unit, n);
       if constexpr (Cell::kStates == 2) s1[1].part[k].store(row[k].c1 + unit, n);
       if (!a.save) return;
@@ -200,17 +255,22 @@ class Forward {
     });
   }
 
-  void project(int64_t count) {
-    for (int64_t j = 0; j < count; ++j) x[j] = unprojected + who[j] * a.H;
-    multiply(weights.projection, x, count, [&](int64_t j, int64_t unit, int64_t n, V h) {
-      h.store(state_after(who[j], live[j].index) + unit, n);
-      if constexpr (!kReadsOutput) h.store(static_cast<T*>(a.h) + live[j].index * a.R + unit, n);
+  void project(int64_t place, int64_t count) {
+    for (int64_t j = place; j < place + count; ++j) x[j] = unprojected + who[j] * a.H;
+    multiply(projection, x + place, count, [&](int64_t j, int64_t unit, int64_t n, V h) {
+      const Live& row = live[place + j];
+      h.store(state_after(who[place + j], row.index) + unit, n);
+      if constexpr (!kInPlace) h.store(static_cast<T*>(a.h) + row.index * a.R + unit, n);
     });
   }
 
   void finish() {
-    for (int64_t i = 0; i < share.count; ++i)
-      memcpy(static_cast<A*>(a.h_n) + row_of(share, i) * a.R, state[i], sizeof(A) * size_t(a.R));
+    for (int64_t i = 0; i < schedule.shares; ++i) {
+      const Share share(a, schedule, i);
+      for (int64_t j = 0; j < share.count; ++j)
+        memcpy(static_cast<A*>(a.h_n) + share.row(j) * a.R, state[share.place + j],
+               sizeof(A) * size_t(a.R));
+    }
   }
 };
 

@@ -1,17 +1,19 @@
-// The recurrent product: a panel of weights, packed once a call, times the states of a few rows.
+// Every product of a layer: a panel of one operand, packed, times a few rows of the other.
 //
 // A panel holds V vectors of outputs for all K inputs, [K][V][kWidth], so that the inner loop
-// reads it front to back. Each row of states comes by its own pointer: held rows are left out and
-// cleared rows point at zeros, without copies. Every output is one chain of multiply-adds in the
-// order of k whatever the tile, so results do not depend on how rows were split over threads.
+// reads it front to back. Each row comes by its own pointer: held rows are left out and cleared
+// rows point at zeros, without copies. Every output is one chain of multiply-adds in the order of k
+// whatever the tile, so results do not depend on how the work was cut.
 #pragma once
 
+#include "arena.h"
 #include "simd.h"
 
 namespace FUSED_RNN_NAMESPACE {
 
 inline constexpr int kMaxVectors = 4;  // of outputs in a panel
-inline constexpr int kMaxRows = 8;     // of states in a tile
+inline constexpr int kMaxRows = 8;     // in a tile
+inline constexpr int kAhead = 12;      // rows of a panel to prefetch; it may be in L2
 
 // Rows whose accumulators fit the registers beside V weight vectors and a broadcast state.
 constexpr int tile_rows(int vectors) {
@@ -19,25 +21,43 @@ constexpr int tile_rows(int vectors) {
   return rows < kMaxRows ? rows : kMaxRows;
 }
 
-// out[row][v] = bias[v] + sum over k of panel[k][v] * x[row][k]
-template <class A, int V, int N>
-void multiply_tile(const A* panel, const A* bias, const A* const* x, int64_t K, A* out) {
+// A width rounded up to whole vectors.
+template <class A>
+int64_t padded(int64_t width) {
+  constexpr int64_t kWidth = Vec<A>::kWidth;
+  return (width + kWidth - 1) / kWidth * kWidth;
+}
+
+// Where a tile's sums begin and end: row n at data + n * stride.
+template <class A>
+struct TileRows {
+  A* data;
+  int64_t stride;
+};
+
+// out[n][v] = start[n][v] + sum over k of panel[k][v] * x[n][k * kStep]; no start is zero.
+template <class A, int kStep, int V, int N>
+void multiply_tile(const A* panel, TileRows<const A> start, const A* const* x, int64_t K,
+                   TileRows<A> out) {
+  constexpr int kWidth = Vec<A>::kWidth;
   Vec<A> sum[N][V];
 #pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) {
-    const Vec<A> start = bias ? Vec<A>::load(bias + v * Vec<A>::kWidth) : Vec<A>(0);
+  for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[n][v] = start;
-  }
+    for (int v = 0; v < V; ++v)
+      sum[n][v] = start.data ? Vec<A>::load(start.data + n * start.stride + v * kWidth) : Vec<A>(0);
   const A* row[N];
   for (int n = 0; n < N; ++n) row[n] = x[n];
-  for (int64_t k = 0; k < K; ++k, panel += V * Vec<A>::kWidth) {
+  for (int64_t k = 0; k < K; ++k, panel += V * kWidth) {
     Vec<A> weight[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) weight[v] = Vec<A>::load(panel + v * Vec<A>::kWidth);
+    for (int v = 0; v < V; ++v) {
+      weight[v] = Vec<A>::load(panel + v * kWidth);
+      __builtin_prefetch(panel + (kAhead * V + v) * kWidth);
+    }
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const Vec<A> state(row[n][k]);
+      const Vec<A> state(row[n][k * kStep]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sum[n][v] = weight[v] * state + sum[n][v];
     }
@@ -45,27 +65,39 @@ void multiply_tile(const A* panel, const A* bias, const A* const* x, int64_t K, 
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[n][v].store(out + (n * V + v) * Vec<A>::kWidth);
+    for (int v = 0; v < V; ++v) sum[n][v].store(out.data + n * out.stride + v * kWidth);
 }
 
 template <class A>
-using MultiplyTile = void (*)(const A*, const A*, const A* const*, int64_t, A*);
+using MultiplyTile = void (*)(const A*, TileRows<const A>, const A* const*, int64_t, TileRows<A>);
 
-template <class A, int V, int N>
+template <class A, int kStep, int V, int N>
 MultiplyTile<A> find_tile(int rows) {
   if constexpr (N > 1) {
-    if (rows < N) return find_tile<A, V, N - 1>(rows);
+    if (rows < N) return find_tile<A, kStep, V, N - 1>(rows);
   }
-  return multiply_tile<A, V, N>;
+  return multiply_tile<A, kStep, V, N>;
 }
 
-template <class A>
+// For rows whose values lie kStep apart.
+template <class A, int kStep = 1>
 MultiplyTile<A> find_tile(int vectors, int rows) {
   switch (vectors) {
-    case 1: return find_tile<A, 1, tile_rows(1)>(rows);
-    case 2: return find_tile<A, 2, tile_rows(2)>(rows);
-    case 3: return find_tile<A, 3, tile_rows(3)>(rows);
-    default: return find_tile<A, 4, tile_rows(4)>(rows);
+    case 1: return find_tile<A, kStep, 1, tile_rows(1)>(rows);
+    case 2: return find_tile<A, kStep, 2, tile_rows(2)>(rows);
+    case 3: return find_tile<A, kStep, 3, tile_rows(3)>(rows);
+    default: return find_tile<A, kStep, 4, tile_rows(4)>(rows);
+  }
+}
+
+// Cuts `count` rows into the fewest tiles that fit, of nearly equal size, and calls
+// run(first, rows) for each.
+template <class Run>
+void for_each_tile(int64_t count, int vectors, Run run) {
+  const int64_t tiles = (count + tile_rows(vectors) - 1) / tile_rows(vectors);
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = tile * count / tiles;
+    run(first, int((tile + 1) * count / tiles - first));
   }
 }
 
@@ -75,13 +107,18 @@ template <class A>
 struct Panels {
   int64_t gates, units, K;
   int blocks;  // vectors of units in a panel; the last panel may have fewer
-  A* weights;
-  A* bias;  // or null
+  A* weights = nullptr;
+  A* bias = nullptr;  // zero where there is none
 
   static constexpr int64_t kWidth = Vec<A>::kWidth;
 
   Panels(int64_t gates, int64_t units, int64_t K)
       : gates(gates), units(units), K(K), blocks(int(kMaxVectors / gates)) {}
+
+  void take(Arena& arena, bool with_bias) {
+    weights = arena.take<A>(size());
+    bias = with_bias ? arena.take<A>(bias_size()) : nullptr;
+  }
 
   int64_t unit_blocks() const { return (units + kWidth - 1) / kWidth; }
   int64_t count() const { return (unit_blocks() + blocks - 1) / blocks; }
@@ -94,34 +131,31 @@ struct Panels {
     return int(left < blocks ? left : blocks);
   }
   int vectors(int64_t panel) const { return int(gates) * block_count(panel); }
-  const A* panel_weights(int64_t panel) const {
+  A* panel_weights(int64_t panel) const {
     return weights + first_block(panel) * gates * K * kWidth;
   }
-  const A* panel_bias(int64_t panel) const {
-    return bias ? bias + first_block(panel) * gates * kWidth : nullptr;
+  // What the sums of every row start from.
+  TileRows<const A> panel_bias(int64_t panel) const {
+    return {bias ? bias + first_block(panel) * gates * kWidth : nullptr, 0};
   }
 
   // matrix [gates*units, K], as torch stores w_hh
   template <class T>
-  void pack(const T* matrix, const T* bias_vector) {
-    for (int64_t panel = 0; panel < count(); ++panel)
-      for (int b = 0; b < block_count(panel); ++b)
-        for (int64_t gate = 0; gate < gates; ++gate)
-          pack_block(matrix, bias_vector, panel, b, gate);
+  void pack(int64_t panel, const T* matrix, const T* bias_vector) {
+    for (int b = 0; b < block_count(panel); ++b)
+      for (int64_t gate = 0; gate < gates; ++gate) pack_block(matrix, bias_vector, panel, b, gate);
   }
 
   // matrix [K, units], read as its transpose: what the backward multiplies by. One gate.
   template <class T>
-  void pack_transposed(const T* matrix) {
-    for (int64_t panel = 0; panel < count(); ++panel) {
-      const int64_t unit = first_block(panel) * kWidth, stride = block_count(panel) * kWidth;
-      A* to = const_cast<A*>(panel_weights(panel));
-      for (int64_t k = 0; k < K; ++k)
-        for (int64_t b = 0; b < block_count(panel); ++b) {
-          const int64_t u = unit + b * kWidth;
-          Vec<A>::load(matrix + k * units + u, units - u).store(to + k * stride + b * kWidth);
-        }
-    }
+  void pack_transposed(int64_t panel, const T* matrix) {
+    const int64_t unit = first_block(panel) * kWidth, stride = block_count(panel) * kWidth;
+    A* to = panel_weights(panel);
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t b = 0; b < block_count(panel); ++b) {
+        const int64_t u = unit + b * kWidth;
+        Vec<A>::load(matrix + k * units + u, units - u).store(to + k * stride + b * kWidth);
+      }
   }
 
  private:
@@ -131,7 +165,7 @@ struct Panels {
     const int64_t unit = (first_block(panel) + b) * kWidth;
     const int64_t stride = int64_t(vectors(panel)) * kWidth;
     const int64_t column = (b * gates + gate) * kWidth;
-    A* to = const_cast<A*>(panel_weights(panel)) + column;
+    A* to = panel_weights(panel) + column;
     for (int64_t k0 = 0; k0 < K; k0 += kWidth) {
       const int64_t n = K - k0 < kWidth ? K - k0 : kWidth;
       for (int64_t lane = 0; lane < kWidth; ++lane) {
@@ -142,12 +176,32 @@ struct Panels {
       }
     }
     if (!bias) return;
-    A* bias_to = const_cast<A*>(panel_bias(panel)) + column;
+    A* bias_to = bias + first_block(panel) * gates * kWidth + column;
     const int64_t n = units - unit;
     const Vec<A> values =
         bias_vector ? Vec<A>::load(bias_vector + gate * units + unit, n) : Vec<A>(0);
     values.store(bias_to);
   }
 };
+
+// Rows of x times a matrix of one gate: store(row, unit, lanes, value) receives each vector.
+template <class A, class Store>
+void multiply(const Panels<A>& panels, const A* const* x, int64_t count, Store store) {
+  constexpr int64_t kWidth = Vec<A>::kWidth;
+  alignas(kVectorBytes) A out[kMaxRows * kMaxVectors * kWidth];
+  for (int64_t p = 0; p < panels.count(); ++p) {
+    const int vectors = panels.vectors(p);
+    for_each_tile(count, vectors, [&](int64_t first, int rows) {
+      find_tile<A>(vectors, rows)(panels.panel_weights(p), panels.panel_bias(p), x + first,
+                                  panels.K, {out, vectors * kWidth});
+      for (int i = 0; i < rows; ++i)
+        for (int v = 0; v < vectors; ++v) {
+          const int64_t unit = (panels.first_block(p) + v) * kWidth;
+          store(first + i, unit, panels.units - unit,
+                Vec<A>::load(out + (i * vectors + v) * kWidth));
+        }
+    });
+  }
+}
 
 }  // namespace FUSED_RNN_NAMESPACE

@@ -16,35 +16,23 @@ namespace {
 using bfloat16 = BFloat16;
 using half = Half;
 
-template <class Args, class Weights, class Run>
+template <class Args, class Run>
 constexpr fused_rnn::Loop<Args> make_loop() {
-  return {[](const Args& args) {
+  return {[](const Args& args, const Schedule& schedule) {
             Arena arena;
-            Weights weights(args, arena);
+            Run run(args, schedule, arena);
             return arena.used;
           },
-          [](const Args& args, Share share) {
-            Arena none, arena;
-            Weights weights(args, none);
-            Run run(args, weights, share, arena);
-            return arena.used;
-          },
-          [](const Args& args, char* memory) {
+          [](const Args& args, const Schedule& schedule, char* memory) {
             Arena arena{memory};
-            Weights(args, arena).pack(args);
-          },
-          [](const Args& args, Share share, char* memory, char* scratch) {
-            Arena weights_arena{memory}, arena{scratch};
-            Weights weights(args, weights_arena);
-            Run(args, weights, share, arena).run();
+            Run(args, schedule, arena).run();
           }};
 }
 
 template <class Cell, class T>
-constexpr auto forward_loop = make_loop<ForwardArgs, ForwardWeights<Cell, T>, Forward<Cell, T>>();
+constexpr auto forward_loop = make_loop<ForwardArgs, Forward<Cell, T>>();
 template <class Cell, class T>
-constexpr auto backward_loop =
-    make_loop<BackwardArgs, BackwardWeights<Cell, T>, Backward<Cell, T>>();
+constexpr auto backward_loop = make_loop<BackwardArgs, Backward<Cell, T>>();
 
 template <class T>
 constexpr fused_rnn::Kernels kKernels = {

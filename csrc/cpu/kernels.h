@@ -8,17 +8,21 @@
 
 namespace fused_rnn {
 
-// Rows first, first + stride, ... of the batch: what one thread runs.
-struct Share {
-  int64_t first, stride, count;
+// How a call is cut up. A chunk of steps goes through all stages before the next one starts, so
+// that what one stage leaves for the next is still in the cache.
+struct Schedule {
+  int64_t workers;  // threads that stages without an order in time are cut for
+  int64_t shares;   // of the batch, each one thread's: no more than rows
+  int64_t steps;    // in a chunk
+  // Runs body(context, task) for each task, in any order, on any thread.
+  void (*parallel)(int64_t tasks, void (*body)(const void* context, int64_t task),
+                   const void* context);
 };
 
 template <class Args>
 struct Loop {
-  size_t (*weight_bytes)(const Args&);
-  size_t (*scratch_bytes)(const Args&, Share);
-  void (*pack)(const Args&, char* weights);
-  void (*run)(const Args&, Share, char* weights, char* scratch);
+  size_t (*bytes)(const Args&, const Schedule&);
+  void (*run)(const Args&, const Schedule&, char* memory);
 };
 
 // Runs rows [begin, end).

@@ -52,22 +52,26 @@ const Kernels& best_kernels(Scalar scalar) { return kKernels[&best_isa() - kIsas
 // Below this much arithmetic a second thread costs more than it brings: waking one takes 5-10 us.
 constexpr double kFlopsPerThread = 1e6;
 
-int64_t thread_count(const Layer& layer) {
-  const double flops = 2.0 * double(layer.T) * double(layer.N) * double(layer.R) * double(layer.H) *
-                       double(kCellShapes[layer.cell].gates);
-  int64_t threads = torch::stable::get_num_threads();
-  if (threads > layer.N) threads = layer.N;
-  if (double(threads) > 1 + flops / kFlopsPerThread) threads = 1 + int64_t(flops / kFlopsPerThread);
-  return threads;
+// Rows that a chunk has for each worker. On one thread a chunk should stay in its cache; several
+// meet after each stage, which takes them 5-10 us.
+constexpr int64_t kRowsAlone = 256, kRowsTogether = 512;
+
+void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* context) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) body(context, task);
+  });
 }
 
-// Neighbouring rows share cache lines, so a thread takes a run of them; but where rows end at
-// different times, as in packed input sorted by length, dealing them out evens the work.
-Share share_of(const Layer& layer, int64_t thread, int64_t threads) {
-  if (layer.control || layer.rows)
-    return {thread, threads, (layer.N - thread + threads - 1) / threads};
-  const int64_t first = thread * layer.N / threads;
-  return {first, 1, (thread + 1) * layer.N / threads - first};
+Schedule schedule_of(const Layer& layer) {
+  const double flops = 2.0 * double(layer.T) * double(layer.N) * double(layer.R) * double(layer.H) *
+                       double(kCellShapes[layer.cell].gates);
+  const double useful = 1 + flops / kFlopsPerThread;
+  int64_t workers = torch::stable::get_num_threads();
+  if (double(workers) > useful) workers = int64_t(useful);
+  const int64_t rows = workers == 1 ? kRowsAlone : kRowsTogether * workers;
+  int64_t steps = (rows + layer.N - 1) / layer.N;
+  if (steps > layer.T) steps = layer.T;
+  return {workers, workers < layer.N ? workers : layer.N, steps < 1 ? 1 : steps, parallel};
 }
 
 struct Memory {
@@ -84,18 +88,9 @@ struct Memory {
 
 template <class Args>
 void run(const Loop<Args>& loop, const Args& args) {
-  const int64_t threads = thread_count(args);
-  // The first share is a largest one or one row short of it.
-  const size_t per_thread = loop.scratch_bytes(args, {0, 1, (args.N + threads - 1) / threads}) + 64;
-  const size_t weight_bytes = (loop.weight_bytes(args) + 63) / 64 * 64;
-  const Memory memory(weight_bytes + size_t(threads) * ((per_thread + 63) / 64 * 64));
-  char* scratch = memory.data + weight_bytes;
-  loop.pack(args, memory.data);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread)
-      loop.run(args, share_of(args, thread, threads), memory.data,
-               scratch + size_t(thread) * ((per_thread + 63) / 64 * 64));
-  });
+  const Schedule schedule = schedule_of(args);
+  const Memory memory(loop.bytes(args, schedule));
+  loop.run(args, schedule, memory.data);
 }
 
 void forward(const ForwardArgs& args, ScalarType io) {
@@ -121,29 +116,22 @@ void step_backward(const StepArgs& args, ScalarType io) {
 
 constexpr Device kCpu = {forward, backward, step, step_backward};
 
-ForwardResult layer_op(int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0,
-                       OptionalTensor c0, bool reverse, bool save, OptionalTensor control,
-                       OptionalTensor rows, OptionalTensor w_hr, OptionalTensor h_mask,
-                       OptionalTensor keep) {
-  return run_layer(kCpu, cell, gx, w_hh, b_hh, h0, c0, reverse,
-                   save ? Save::kInNewMemory : Save::kNothing, {control, rows, w_hr, h_mask, keep});
+ForwardResult layer_op(int64_t cell, Tensor x, OptionalTensor w_ih, OptionalTensor b_ih,
+                       Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0, OptionalTensor c0,
+                       bool reverse, bool save, OptionalTensor control, OptionalTensor rows,
+                       OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
+  return run_layer(kCpu, cell, {x, w_ih, b_ih, w_hh, b_hh, h0, c0}, reverse, save,
+                   {control, rows, w_hr, h_mask, keep});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_in_place_op(
-    int64_t cell, Tensor gx, Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0, OptionalTensor c0,
-    bool reverse, OptionalTensor control, OptionalTensor rows, OptionalTensor w_hr,
-    OptionalTensor h_mask, OptionalTensor keep) {
-  auto [h, c, h_n, c_n, saved] = run_layer(kCpu, cell, gx, w_hh, b_hh, h0, c0, reverse,
-                                           Save::kInPlaceOfGx, {control, rows, w_hr, h_mask, keep});
-  return {h, c, h_n, c_n};
-}
-
-BackwardResult layer_backward_op(int64_t cell, OptionalTensor dh, OptionalTensor dc,
+BackwardResult layer_backward_op(int64_t cell, int64_t wanted, OptionalTensor dh, OptionalTensor dc,
                                  OptionalTensor dh_n, OptionalTensor dc_n, Tensor h, Tensor c,
-                                 Tensor saved, Tensor w_hh, OptionalTensor h0, OptionalTensor c0,
-                                 bool reverse, OptionalTensor control, OptionalTensor rows,
-                                 OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
-  return run_layer_backward(kCpu, cell, {dh, dc, dh_n, dc_n}, {h, c, saved, w_hh, h0, c0}, reverse,
+                                 Tensor saved, Tensor x, OptionalTensor w_ih, Tensor w_hh,
+                                 OptionalTensor h0, OptionalTensor c0, bool reverse,
+                                 OptionalTensor control, OptionalTensor rows, OptionalTensor w_hr,
+                                 OptionalTensor h_mask, OptionalTensor keep) {
+  return run_layer_backward(kCpu, cell, wanted, {dh, dc, dh_n, dc_n}, {h, c, saved},
+                            {x, w_ih, std::nullopt, w_hh, std::nullopt, h0, c0}, reverse,
                             {control, rows, w_hr, h_mask, keep});
 }
 
@@ -153,8 +141,8 @@ StepResult step_op(int64_t cell, Tensor gx, Tensor gh, Tensor h, OptionalTensor 
 
 StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTensor dc1, Tensor h1,
                                     Tensor c1, Tensor saved, Tensor h, OptionalTensor c) {
-  return run_step_backward(kCpu, cell, {dh1, dc1, std::nullopt, std::nullopt},
-                           {h1, c1, saved, std::nullopt, h, c});
+  return run_step_backward(kCpu, cell, {dh1, dc1, std::nullopt, std::nullopt}, {h1, c1, saved}, h,
+                           c);
 }
 
 }  // namespace
@@ -169,7 +157,6 @@ void fused_rnn_cell(int cell, int scalar, int64_t N, int64_t I, int64_t H, const
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) {
   library.impl("layer", TORCH_BOX(&fused_rnn::layer_op));
-  library.impl("layer_", TORCH_BOX(&fused_rnn::layer_in_place_op));
   library.impl("layer_backward", TORCH_BOX(&fused_rnn::layer_backward_op));
   library.impl("step", TORCH_BOX(&fused_rnn::step_op));
   library.impl("step_backward", TORCH_BOX(&fused_rnn::step_backward_op));

@@ -1,5 +1,5 @@
-// How a thread's share of the batch walks through time: which rows are live at a step, and where
-// they lie. Shared by forward and backward.
+// How a layer is cut into chunks of steps, slots of live rows and shares of the batch. Forward and
+// backward walk through it alike.
 #pragma once
 
 #include "gemm.h"
@@ -11,23 +11,51 @@ using fused_rnn::kClear;
 using fused_rnn::kCut;
 using fused_rnn::kHold;
 using fused_rnn::Layer;
-using fused_rnn::Share;
+using fused_rnn::Schedule;
 
-// Hands out pieces of one block of memory. Without a block it only adds up their sizes, so that
-// the code that takes the pieces is the code that computes how much is needed.
-struct Arena {
-  char* base = nullptr;
-  size_t used = 0;
-
-  template <class X>
-  X* take(int64_t count) {
-    X* piece = base ? reinterpret_cast<X*>(base + used) : nullptr;
-    used += (size_t(count) * sizeof(X) + 63) / 64 * 64;
-    return piece;
+// Calls task(i) for each of `tasks`, in any order, on any thread.
+template <class Task>
+void parallel(const Schedule& schedule, int64_t tasks, const Task& task) {
+  if (schedule.workers == 1 || tasks == 1) {
+    for (int64_t i = 0; i < tasks; ++i) task(i);
+  } else {
+    schedule.parallel(
+        tasks, [](const void* context, int64_t i) { (*static_cast<const Task*>(context))(i); },
+        &task);
   }
+}
+
+// The part'th of `parts` nearly equal parts of [0, count).
+struct Range {
+  int64_t begin, end;
+  Range(int64_t count, int64_t part, int64_t parts)
+      : begin(count * part / parts), end(count * (part + 1) / parts) {}
 };
 
-inline int64_t row_of(Share share, int64_t i) { return share.first + i * share.stride; }
+// One thread's rows of the batch: first, first + stride, ...; `place` numbers the rows of all
+// shares without gaps, for what each row has in workspace.
+struct Share {
+  int64_t first, stride, count, place;
+
+  Share(const Layer& layer, const Schedule& schedule, int64_t share) {
+    const int64_t N = layer.N, shares = schedule.shares;
+    if (layer.control || layer.rows) {
+      // Where rows end at different times, as in packed input sorted by length, dealing them out
+      // evens the work.
+      first = share;
+      stride = shares;
+      count = (N - share + shares - 1) / shares;
+      place = N / shares * share + (share < N % shares ? share : N % shares);
+    } else {
+      // Neighbouring rows share cache lines.
+      const Range range(N, share, shares);
+      first = place = range.begin;
+      stride = 1;
+      count = range.end - range.begin;
+    }
+  }
+  int64_t row(int64_t i) const { return first + i * stride; }
+};
 
 struct Step {
   const Layer& layer;
@@ -41,46 +69,61 @@ struct Step {
   bool holds(int64_t n) const {
     return (control(n) & kHold) || (layer.rows && layer.rows[t * layer.N + n] < 0);
   }
-  // Row of (t, n) in gx, h, c, saved; -1 where the step has none.
+  // Row of (t, n) in x, h, c, saved; -1 where the step has none.
   int64_t index(int64_t n) const {
     return layer.rows ? layer.rows[t * layer.N + n] : t * layer.N + n;
   }
 };
 
-// Cuts `count` rows into the fewest tiles that fit, of nearly equal size, and calls
-// run(first, rows) for each.
-template <class Run>
-void for_each_tile(int64_t count, int vectors, Run run) {
-  const int64_t tiles = (count + tile_rows(vectors) - 1) / tile_rows(vectors);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const int64_t first = tile * count / tiles;
-    run(first, int((tile + 1) * count / tiles - first));
+// The live rows of a chunk of steps, numbered in the order in which the loop runs: what stages
+// hand to each other is stored by slot, without gaps.
+class Slots {
+  int32_t* slots_;  // [steps][N], -1 where a row holds
+  int64_t N_, first_, steps_;
+
+ public:
+  int64_t capacity;
+  int64_t count = 0;
+  int64_t* index;  // [count] row in x, h, c, saved
+
+  Slots(const Layer& layer, const Schedule& schedule, Arena& arena)
+      : slots_(arena.take<int32_t>(schedule.steps * layer.N)),
+        N_(layer.N),
+        capacity(schedule.steps * layer.N),
+        index(arena.take<int64_t>(schedule.steps * layer.N)) {}
+
+  // Steps [first, first + steps), numbered from the last one down with `backwards`.
+  void open(const Layer& layer, int64_t first, int64_t steps, bool backwards = false) {
+    first_ = first;
+    steps_ = steps;
+    count = 0;
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t step = first + (backwards ? steps - 1 - i : i);
+      const Step at(layer, step);
+      for (int64_t n = 0; n < N_; ++n) {
+        const bool holds = at.holds(n);
+        slots_[(step - first) * N_ + n] = holds ? -1 : int32_t(count);
+        if (!holds) index[count++] = at.index(n);
+      }
+    }
   }
-}
+  int64_t first_step() const { return first_; }
+  int64_t steps() const { return steps_; }
+  // -1: the row holds.
+  int64_t at(int64_t step, int64_t n) const { return slots_[(step - first_) * N_ + n]; }
+};
 
 template <class T>
 void zero_row(void* base, int64_t index, int64_t width) {
   if (base && index >= 0) memset(static_cast<T*>(base) + index * width, 0, width * sizeof(T));
 }
 
-// out row i = sum over k of x[i][k] * weights, plain GEMM over panels of one gate:
-// store(i, unit, lanes, value) receives each vector.
-template <class A, class Store>
-void multiply(const Panels<A>& panels, const A* const* x, int64_t count, Store store) {
-  constexpr int64_t kWidth = Vec<A>::kWidth;
-  alignas(kVectorBytes) A out[kMaxRows * kMaxVectors * kWidth];
-  for (int64_t p = 0; p < panels.count(); ++p) {
-    const int vectors = panels.vectors(p);
-    for_each_tile(count, vectors, [&](int64_t first, int rows) {
-      find_tile<A>(vectors, rows)(panels.panel_weights(p), nullptr, x + first, panels.K, out);
-      for (int i = 0; i < rows; ++i)
-        for (int v = 0; v < vectors; ++v) {
-          const int64_t unit = (panels.first_block(p) + v) * kWidth;
-          store(first + i, unit, panels.units - unit,
-                Vec<A>::load(out + (i * vectors + v) * kWidth));
-        }
-    });
-  }
+// `count` values into the arithmetic type or out of it.
+template <class From, class To>
+void copy_row(const From* from, To* to, int64_t count) {
+  using V = Vec<typename Arithmetic<From>::type>;
+  for (int64_t i = 0; i < count; i += V::kWidth)
+    V::load(from + i, count - i).store(to + i, count - i);
 }
 
 }  // namespace FUSED_RNN_NAMESPACE

@@ -49,8 +49,15 @@ struct Format<float> {
   typedef int32_t Int __attribute__((vector_size(kVectorBytes)));
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
-  static constexpr int kMantissa = 23, kBias = 127, kTaylor = 7;
+  static constexpr int kMantissa = 23, kBias = 127;
   static constexpr float kRound = 0x1.8p23f;  // adding it rounds to an integer
+  // (e^r - 1 - r) / r^2 for |r| <= ln(2)/2: a minimax fit, e^r - 1 to 0.23 * 2^-24.
+  static constexpr int kTerms = 5;
+  static constexpr float coefficient(int k) {
+    constexpr float fitted[kTerms] = {0.5f, 0x1.5554bp-3f, 0x1.555486p-5f, 0x1.122838p-7f,
+                                      0x1.6d9956p-10f};
+    return fitted[k];
+  }
   static constexpr float kLog2e = 0x1.715476p0f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   static constexpr float kExpMax = 87.f, kTanhMax = 20.f;
 };
@@ -59,8 +66,15 @@ struct Format<double> {
   typedef double Raw __attribute__((vector_size(kVectorBytes)));
   typedef int64_t Int __attribute__((vector_size(kVectorBytes)));
   typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
-  static constexpr int kMantissa = 52, kBias = 1023, kTaylor = 13;
+  static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr double kRound = 0x1.8p52;
+  // The same by its Taylor series: what is cut off is below half an ulp.
+  static constexpr int kTerms = 12;
+  static constexpr double coefficient(int k) {
+    double factorial = 2;
+    for (int i = 1; i <= k; ++i) factorial *= i + 2;
+    return 1 / factorial;
+  }
   static constexpr double kLog2e = 0x1.71547652b82fep0, kLn2High = 0x1.62e42fefap-1,
                           kLn2Low = 0x1.cf79abc9e3b398p-40;
   static constexpr double kExpMax = 708.0, kTanhMax = 40.0;
@@ -168,43 +182,48 @@ struct Vec {
   }
 };
 
-// e^r - 1 by its Taylor series; with |r| <= ln(2)/2 what is cut off is below half an ulp. Pairs of
-// terms, then Horner in r^2: half the latency of Horner in r.
+// e^r - 1 for |r| <= ln(2)/2. Pairs of terms, then Horner in r^2: half the latency of Horner in r.
 template <class A>
 FUSED_RNN_FN Vec<A> expm1_reduced(Vec<A> r) {
-  constexpr int kTerms = Format<A>::kTaylor;
-  static_assert(kTerms % 2 == 1, "terms 2 to kTerms come in pairs");
-  A coefficient[kTerms + 1];
-  A factorial = 1;
-  for (int k = 1; k <= kTerms; ++k) coefficient[k] = 1 / (factorial *= k);
+  using F = Format<A>;
   const Vec<A> square = r * r;
-  Vec<A> sum = Vec<A>(coefficient[kTerms]) * r + Vec<A>(coefficient[kTerms - 1]);
+  int k = F::kTerms - 1;
+  Vec<A> sum(F::coefficient(k--));
+  if (F::kTerms % 2 == 0) sum = sum * r + Vec<A>(F::coefficient(k--));
 #pragma GCC unroll 8
-  for (int k = kTerms - 2; k >= 3; k -= 2)
-    sum = sum * square + (Vec<A>(coefficient[k]) * r + Vec<A>(coefficient[k - 1]));
+  for (; k > 0; k -= 2)
+    sum = sum * square + (Vec<A>(F::coefficient(k)) * r + Vec<A>(F::coefficient(k - 1)));
   return sum * square + r;
 }
 
-// x = n ln 2 + r with integer n and |r| <= ln(2)/2.
+// 2^n for an integer n; `shifted` is n + kRound, whose low bits are n.
 template <class A>
-struct Reduced {
-  Vec<A> r;
-  typename Vec<A>::Int n;
-
-  explicit FUSED_RNN_FN Reduced(Vec<A> x) {
-    using F = Format<A>;
-    const Vec<A> shifted = x * Vec<A>(F::kLog2e) + Vec<A>(F::kRound);
-    const Vec<A> count = shifted - Vec<A>(F::kRound);
-    r = x - count * Vec<A>(F::kLn2High) - count * Vec<A>(F::kLn2Low);
-    n = reinterpret_cast<typename Vec<A>::Int>(shifted.v) -
-        reinterpret_cast<typename Vec<A>::Int>(Vec<A>(F::kRound).v);
-  }
-};
-
-template <class A>
-FUSED_RNN_FN Vec<A> power_of_two(typename Vec<A>::Int n) {
+FUSED_RNN_FN Vec<A> power_of_two(Vec<A> /*n*/, Vec<A> shifted) {
+  using Int = typename Vec<A>::Int;
+  const Int n =
+      reinterpret_cast<Int>(shifted.v) - reinterpret_cast<Int>(Vec<A>(Format<A>::kRound).v);
   return reinterpret_cast<typename Vec<A>::Raw>((n + Format<A>::kBias) << Format<A>::kMantissa);
 }
+#if defined(__AVX512F__)
+FUSED_RNN_FN Vec<float> power_of_two(Vec<float> n, Vec<float>) {
+  return Vec<float>::Raw(_mm512_maskz_scalef_ps(-1, Vec<float>(1).v, n.v));
+}
+#endif
+
+// e^(sign x) as 2^n (1 + m), with |n| and m moderate where |x| <= kExpMax; sign is 1 or -1.
+template <class A>
+struct Exponential {
+  Vec<A> scale, m;
+
+  FUSED_RNN_FN Exponential(Vec<A> x, A sign) {
+    using F = Format<A>;
+    const Vec<A> shifted = x * Vec<A>(sign * F::kLog2e) + Vec<A>(F::kRound);
+    const Vec<A> n = shifted - Vec<A>(F::kRound);
+    const Vec<A> high = sign > 0 ? x - n * Vec<A>(F::kLn2High) : -(n * Vec<A>(F::kLn2High)) - x;
+    m = expm1_reduced(high - n * Vec<A>(F::kLn2Low));
+    scale = power_of_two(n, shifted);
+  }
+};
 
 // The smaller (the larger) of limit and x; x where x is NaN.
 template <class A>
@@ -244,21 +263,19 @@ FUSED_RNN_FN Vec<float> reciprocal(Vec<float> x) {
 }
 #endif
 
-// e^x between e^-kExpMax and e^kExpMax: enough for a gate, and 2^n stays a normal number.
+// 1 / (1 + e^-x). Beyond kExpMax e^-x stays where it is there: close enough for a gate.
 template <class A>
-FUSED_RNN_FN Vec<A> exp(Vec<A> x) {
-  const Reduced<A> y(clamp(x, Format<A>::kExpMax));
-  const Vec<A> scale = power_of_two<A>(y.n);
-  return expm1_reduced(y.r) * scale + scale;
+FUSED_RNN_FN Vec<A> sigmoid(Vec<A> x) {
+  const Exponential<A> e(clamp(x, Format<A>::kExpMax), -1);
+  return reciprocal(e.m * e.scale + (e.scale + Vec<A>(1)));
 }
 
-// tanh x = m / (m + 2) with m = e^2x - 1: accurate near 0, where 1 - 2 / (e^2x + 1) is not.
+// tanh x = y / (y + 2) with y = e^2x - 1: accurate near 0, where 1 - 2 / (e^2x + 1) is not.
 template <class A>
 FUSED_RNN_FN Vec<A> tanh(Vec<A> x) {
-  const Reduced<A> y(clamp(x + x, Format<A>::kTanhMax));
-  const Vec<A> scale = power_of_two<A>(y.n);
-  const Vec<A> m = expm1_reduced(y.r) * scale + (scale - Vec<A>(1));
-  return m * reciprocal(m + Vec<A>(2));
+  const Exponential<A> e(clamp(x + x, Format<A>::kTanhMax), 1);
+  const Vec<A> y = e.m * e.scale + (e.scale - Vec<A>(1));
+  return y * reciprocal(y + Vec<A>(2));
 }
 
 // K vectors that go through a cell together. A gate is a chain of some thirty dependent
@@ -307,14 +324,11 @@ struct Several {
   friend FUSED_RNN_FN Several select(const Mask& mask, const Several& a, const Several& b) {
     return map([&](int k) { return select(mask.part[k], a.part[k], b.part[k]); });
   }
-  friend FUSED_RNN_FN Several exp(const Several& x) {
-    return map([&](int k) { return exp(x.part[k]); });
+  friend FUSED_RNN_FN Several sigmoid(const Several& x) {
+    return map([&](int k) { return sigmoid(x.part[k]); });
   }
   friend FUSED_RNN_FN Several tanh(const Several& x) {
     return map([&](int k) { return tanh(x.part[k]); });
-  }
-  friend FUSED_RNN_FN Several reciprocal(const Several& x) {
-    return map([&](int k) { return reciprocal(x.part[k]); });
   }
 };
 
