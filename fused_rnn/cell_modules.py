@@ -71,7 +71,8 @@ class _OneStateCell(CellModule):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
         if type(input) is type(hx) is Tensor and input.dim() == hx.dim() == 2:
-            return self._step(input, (hx,))[0]  # the common case, at once
+            # The common case, at once.
+            return functional.step(self._cell, input, (hx,), self._weights(), self.backend)[0]
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)
         self._check_dim("input", input)
@@ -167,7 +168,8 @@ class LSTMCell(CellModule):
             and len(hx) == 2
             and input.dim() == hx[0].dim() == hx[1].dim() == 2
         ):
-            return self._step(input, hx)  # the common case, at once
+            # The common case, at once.
+            return functional.step(self._cell, input, hx, self._weights(), self.backend)
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)
         self._check_dim("input", input)

@@ -133,13 +133,13 @@ def step(
         states = (input.new_zeros(input.size(0), w.w_hh.size(1)),) * cell.states
     h, c = states if cell.states == 2 else (states[0], None)
     if _is_plain(input, states):
-        grad = needs_grad((input, *states, *w))
+        grad = torch.is_grad_enabled() and needs_grad((input, *states, *w))
         shapes = (input.shape, w.w_hh.shape)
         small_step, cell_step = _step_kernels(
             cell.name, input.dtype, input.device, shapes, grad, requested(backend)
         )
         try:
-            if small_step is not None and not grad:
+            if small_step is not None:
                 stepped = small_step(cell, input, h, c, *w[:4])
                 if stepped is not None:
                     return stepped[: cell.states]
@@ -192,7 +192,8 @@ def _step_kernels(
     (N, I), (_, H) = shapes  # noqa: E741
     problem = Problem(cell, dtype, device.type, 0, N, I, H, 0, 1, 1, grad, False, False)
     chosen = select(problem, name)
-    return getattr(chosen, "small_step", None), getattr(chosen, "cell_step", None)
+    small = hasattr(chosen, "small_step") and chosen.is_small(problem)
+    return chosen.small_step if small else None, getattr(chosen, "cell_step", None)
 
 
 def check_step(cell: Cell, input: Tensor, states: States, w: Weights) -> None:

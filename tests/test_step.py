@@ -18,6 +18,7 @@ from numerics import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fused_rnn
 from fused_rnn import autograd
 from fused_rnn.backends import cpu
 from fused_rnn.cells import CELLS, Cell
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.op, needs_native]
 ops = torch.ops.fused_rnn
 
 NAMES = ("x", "h", "c", "w_ih", "w_hh", "b_ih", "b_hh")
-# N, I, H: ones, sizes that no vector divides, up to and beyond the rows of a small step (4).
+# N, I, H: ones, sizes that no vector divides, up to and beyond the 4 rows that share weights in L1.
 SHAPES = ((1, 1, 1), (1, 7, 25), (2, 31, 33), (4, 60, 60), (1, 130, 130), (3, 16, 31), (9, 5, 25))
 
 
@@ -90,7 +91,7 @@ def test_a_step_is_as_good_as_torchs(case):
         assert_as_good_as(ours[name], torchs[name], expected, what, length=length, scale=1.0)
 
 
-@cases(cell=CELLS, dtype=DTYPES, shape=SHAPES[:-1], bias=(False, True))
+@cases(cell=CELLS, dtype=DTYPES, shape=SHAPES, bias=(False, True))
 def test_a_small_step_is_as_good_as_torchs(case):
     cell, shape = CELLS[case["cell"]], case["shape"]
     operands = make_operands(**case)
@@ -172,13 +173,27 @@ def test_a_small_step_looks_at_a_bias_that_is_alone(cell, name, how):
     assert cpu.small_step(CELLS[cell], *given.values()) is None
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_a_small_step_is_for_a_few_rows(cell):
-    for N in (5, 100):
-        assert (
-            cpu.small_step(CELLS[cell], *make_operands(cell, torch.float32, (N, 5, 8)).values())
-            is None
-        )
+@pytest.mark.parametrize(
+    ("N", "I", "H", "small"),
+    [(1, 2000, 2000, True), (4, 2000, 2000, True), (5, 2000, 2000, False), (16, 32, 32, True),
+     (1000, 32, 32, False)],
+)  # fmt: skip
+def test_a_small_step_is_for_a_few_rows_or_little_work(N, I, H, small, monkeypatch):  # noqa: E741
+    calls = []
+    monkeypatch.setattr(cpu.native, "small_step", lambda *operands: bool(calls.append(operands)))
+    cell = fused_rnn.LSTMCell(I, H, backend="cpu")
+    input, states = torch.zeros(N, I), (torch.zeros(N, H), torch.zeros(N, H))
+    with torch.no_grad():
+        cell(input, states)
+    assert bool(calls) == small
+    how = fused_rnn.explain(cell, input, states).algorithm
+    assert how.startswith("torch's two GEMMs")  # explained with gradients
+    with torch.no_grad():
+        how = fused_rnn.explain(cell, input, states).algorithm
+    assert how.startswith("one pass") == small
+    calls.clear()
+    cell(input, states)
+    assert not calls, "a step with gradients goes another way"
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -195,7 +210,7 @@ def test_a_small_step_without_its_states_is_left_to_others(cell):
 @given(
     cell=st.sampled_from(sorted(CELLS)),
     dtype=st.sampled_from(DTYPES),
-    N=st.integers(1, 4),
+    N=st.integers(1, 9),
     I=st.integers(1, 70),
     H=st.integers(1, 70),
     bias=st.booleans(),

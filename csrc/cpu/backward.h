@@ -35,17 +35,17 @@ class Backward {
   Panels<A> hidden, input, projection;
   Slots slots;
   WeightGradient<A> ih, hh, hr;
-  const int64_t unit_blocks;
-  A* dgx;              // [slots][G*H], for dx
-  Blocks<A> gates;     // both again, for the weights
+  const int64_t unit_blocks, gate_stride;
+  Blocks<A> gates;     // dgx and dgh as the weights' gradients read them
   Blocks<A> dh_sums;   // dL/dh of the projected states, for w_hr
+  A* dgx;              // [slots][gate_stride], for dx
   A* bias_sums;        // [kBlockGates * unit blocks][kWidth]
   const T** before;    // [slots] the hidden state that entered the step
   const A** dgx_rows;  // [slots]
   int64_t* previous;   // [T][N], only with control or rows
   T* zeros;            // [max(H, R)]
   // By place among the shares:
-  A* dgh;             // [N][G*H] of the current step
+  A* dgh;             // [N][gate_stride] of the current step
   A* dh_total;        // [N][R], with a projection
   A* dh_unprojected;  // [N][H], with a projection
   Live* live;
@@ -63,20 +63,20 @@ class Backward {
         ih(a.dw_ih ? kGates : 0, a.H, a.I, slots.capacity, arena),
         hh(a.dw_hh ? kGates : 0, a.H, a.R, slots.capacity, arena, kSplitFrom, kSplitTo),
         hr(a.dw_hr ? 1 : 0, a.R, a.H, slots.capacity, arena),
-        unit_blocks(padded<A>(a.H) / kWidth) {
+        unit_blocks(padded<A>(a.H) / kWidth),
+        gate_stride(row_distance<A>(kGates * a.H)),
+        gates(kBlockGates * unit_blocks, slots.capacity, arena),
+        dh_sums(a.dw_hr ? padded<A>(a.R) / kWidth : 0, slots.capacity, arena) {
     hidden.take(arena, false);
     input.take(arena, false);
     projection.take(arena, false);
-    dgx = arena.take<A>(a.dx ? slots.capacity * kGates * a.H : 0);
-    gates.capacity = dh_sums.capacity = slots.capacity;
-    gates.data = arena.take<A>(slots.capacity * kBlockGates * unit_blocks * kWidth);
-    dh_sums.data = arena.take<A>(a.dw_hr ? slots.capacity * padded<A>(a.R) : 0);
+    dgx = arena.take<A>(a.dx ? slots.capacity * gate_stride : 0);
     bias_sums = arena.take<A>(kBlockGates * unit_blocks * kWidth);
     before = arena.take<const T*>(slots.capacity);
     dgx_rows = arena.take<const A*>(slots.capacity);
     previous = arena.take<int64_t>(has_holes() ? a.T * a.N : 0);
     zeros = arena.take<T>(a.H > a.R ? a.H : a.R);
-    dgh = arena.take<A>(a.N * kGates * a.H);
+    dgh = arena.take<A>(a.N * gate_stride);
     dh_total = arena.take<A>(a.w_hr ? a.N * a.R : 0);
     dh_unprojected = arena.take<A>(a.w_hr ? a.N * a.H : 0);
     live = arena.take<Live>(a.N);
@@ -242,14 +242,14 @@ class Backward {
 
     X::each([&](int k) {
       const int64_t slot = row[k].slot, block = unit / kWidth;
-      A* to = dgh + (j + k) * kGates * a.H + unit;
+      A* to = dgh + (j + k) * gate_stride + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g) {
         dh[g].part[k].store(to + g * a.H, n);
         dx[g].part[k].store(gates.at(g * unit_blocks + block, slot));
       }
       if (a.dx) {
-        to = dgx + slot * kGates * a.H + unit;
+        to = dgx + slot * gate_stride + unit;
 #pragma GCC unroll 4
         for (int g = 0; g < kGates; ++g) dx[g].part[k].store(to + g * a.H, n);
       }
@@ -272,7 +272,7 @@ class Backward {
     int64_t passing = begin;
     for (int64_t j = begin; j < end; ++j) {
       if (!live[j].passes) continue;
-      x[passing] = dgh + j * kGates * a.H;
+      x[passing] = dgh + j * gate_stride;
       who[passing++] = live[j].n;
     }
     multiply(hidden, x + begin, passing - begin, [&](int64_t j, int64_t unit, int64_t n, V dh) {
@@ -309,7 +309,7 @@ class Backward {
   void input_gradient(Range range) {
     T* to = static_cast<T*>(a.dx);
     for (int64_t slot = range.begin; slot < range.end; ++slot) {
-      dgx_rows[slot] = dgx + slot * kGates * a.H;
+      dgx_rows[slot] = dgx + slot * gate_stride;
       if (!a.w_ih) copy_row(dgx_rows[slot], to + slots.index[slot] * a.I, a.I);
     }
     multiply(input, dgx_rows + range.begin, range.end - range.begin,

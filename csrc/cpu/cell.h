@@ -10,32 +10,33 @@ namespace FUSED_RNN_NAMESPACE {
 
 using fused_rnn::CellArgs;
 
-inline constexpr int kDotRows = 8;  // weight rows at a time: as many independent sums
+inline constexpr int kCellRows = 4;  // that share a block of weights while it is in L1
 
-// out[i] = weight[i] . x for `rows` <= kDotRows rows of `weight`, each K long
-template <class T, class A = typename Arithmetic<T>::type>
-FUSED_RNN_FN void dot_rows(const T* weight, const T* x, int64_t K, int rows, A* out) {
-  using V = Vec<A>;
-  V sum[kDotRows];
-  for (V& s : sum) s = V(0);
-  const T* row[kDotRows];
-  for (int i = 0; i < kDotRows; ++i) row[i] = weight + (i < rows ? i : 0) * K;
-  int64_t k = 0;
-  for (; k + V::kWidth <= K; k += V::kWidth) {
-    const V input = V::load(x + k);
-#pragma GCC unroll 8
-    for (int i = 0; i < kDotRows; ++i) {
-      sum[i] = V::load(row[i] + k) * input + sum[i];
-      __builtin_prefetch(row[i] + k + kDotRows * K);  // the next rows' turn comes at once
+// A vector's width of rows of a weight matrix.
+template <class T>
+struct WeightRows {
+  const T* first;
+  int64_t K;
+  int count;  // the rows after these are not there
+
+  // sum[i] += lanes of weight[i] * x
+  template <class V>
+  FUSED_RNN_FN void multiply(const T* x, V* sum) const {
+    const T* row[V::kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < V::kWidth; ++i) row[i] = first + (i < count ? i : 0) * K;
+    int64_t k = 0;
+    for (; k + V::kWidth <= K; k += V::kWidth) {
+      const V input = V::load(x + k);
+#pragma GCC unroll 16
+      for (int i = 0; i < V::kWidth; ++i) sum[i] = V::load(row[i] + k) * input + sum[i];
     }
-  }
-  if (k < K) {
+    if (k == K) return;
     const V input = V::load(x + k, K - k);
-#pragma GCC unroll 8
-    for (int i = 0; i < kDotRows; ++i) sum[i] = V::load(row[i] + k, K - k) * input + sum[i];
+#pragma GCC unroll 16
+    for (int i = 0; i < V::kWidth; ++i) sum[i] = V::load(row[i] + k, K - k) * input + sum[i];
   }
-  for (int i = 0; i < rows; ++i) out[i] = sum[i].total();
-}
+};
 
 template <class Cell, class T>
 void run_cell(const CellArgs& a) {
@@ -47,32 +48,46 @@ void run_cell(const CellArgs& a) {
   const auto at = [](const void* base, int64_t offset) {
     return base ? static_cast<const T*>(base) + offset : nullptr;
   };
-  for (int64_t unit = 0; unit < a.H; unit += kWidth) {
-    const int64_t n = a.H - unit < kWidth ? a.H - unit : kWidth;
-    for (int64_t row = 0; row < a.N; ++row) {
-      alignas(kVectorBytes) A input[kGates][kWidth] = {}, hidden[kGates][kWidth] = {};
-      for (int g = 0; g < kGates; ++g)
-        for (int64_t i = 0; i < n; i += kDotRows) {
-          const int64_t gate = g * a.H + unit + i;
-          const int rows = int(n - i < kDotRows ? n - i : kDotRows);
-          dot_rows(at(a.w_ih, gate * a.I), at(a.x, row * a.I), a.I, rows, input[g] + i);
-          dot_rows(at(a.w_hh, gate * a.H), at(a.h, row * a.H), a.H, rows, hidden[g] + i);
-        }
-      const int64_t offset = row * a.H + unit;
-      X gx[kGates], gh[kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
+  const auto bias = [&](V sum, const void* base, int64_t offset, int64_t n) {
+    return base ? sum + V::load(at(base, offset), n) : sum;
+  };
+  for (int64_t first = 0; first < a.N; first += kCellRows)
+    for (int64_t unit = 0; unit < a.H; unit += kWidth) {
+      const int64_t n = a.H - unit < kWidth ? a.H - unit : kWidth;
+      const int rows = int(a.N - first < kCellRows ? a.N - first : kCellRows);
+      X gx[kCellRows][kGates], gh[kCellRows][kGates];
       for (int g = 0; g < kGates; ++g) {
-        gx[g].part[0] = V::load(input[g]);
-        gh[g].part[0] = V::load(hidden[g]);
-        if (a.b_ih) gx[g].part[0] = gx[g].part[0] + V::load(at(a.b_ih, g * a.H + unit), n);
-        if (a.b_hh) gh[g].part[0] = gh[g].part[0] + V::load(at(a.b_hh, g * a.H + unit), n);
+        const int64_t gate = g * a.H + unit;
+        const WeightRows<T> ih{at(a.w_ih, gate * a.I), a.I, int(n)};
+        const WeightRows<T> hh{at(a.w_hh, gate * a.H), a.H, int(n)};
+        // Where only the sum of the halves counts, they are summed as they come.
+        const bool apart = Cell::kSplitsGates && g == kGates - 1;
+        for (int i = 0; i < rows; ++i) {
+          V sum[kWidth];
+          for (V& s : sum) s = V(0);
+          ih.multiply(at(a.x, (first + i) * a.I), sum);
+          V& x = gx[i][g].part[0];
+          V& h = gh[i][g].part[0];
+          x = V(0);
+          if (apart) {
+            x = lane_sums<kWidth / 2>(sum);
+            for (V& s : sum) s = V(0);
+          }
+          hh.multiply(at(a.h, (first + i) * a.H), sum);
+          h = bias(lane_sums<kWidth / 2>(sum), a.b_hh, gate, n);
+          x = bias(x, a.b_ih, gate, n);
+        }
       }
-      if constexpr (Cell::kHiddenIsElementwise) s[0].part[0] = V::load(at(a.h, offset), n);
-      if constexpr (Cell::kStates == 2) s[1].part[0] = V::load(at(a.c, offset), n);
-      Cell::forward(gx, gh, s, s1, saved);
-      s1[0].part[0].store(static_cast<T*>(a.h1) + offset, n);
-      if constexpr (Cell::kStates == 2) s1[1].part[0].store(static_cast<T*>(a.c1) + offset, n);
+      for (int i = 0; i < rows; ++i) {
+        const int64_t offset = (first + i) * a.H + unit;
+        X s[Cell::kStates], s1[Cell::kStates], saved[4];
+        if constexpr (Cell::kHiddenIsElementwise) s[0].part[0] = V::load(at(a.h, offset), n);
+        if constexpr (Cell::kStates == 2) s[1].part[0] = V::load(at(a.c, offset), n);
+        Cell::forward(gx[i], gh[i], s, s1, saved);
+        s1[0].part[0].store(static_cast<T*>(a.h1) + offset, n);
+        if constexpr (Cell::kStates == 2) s1[1].part[0].store(static_cast<T*>(a.c1) + offset, n);
+      }
     }
-  }
 }
 
 }  // namespace FUSED_RNN_NAMESPACE

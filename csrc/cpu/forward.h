@@ -55,7 +55,7 @@ class Forward {
         hidden(kGates, a.H, a.R),
         projection(1, a.w_hr ? a.R : 0, a.H),
         slots(a, schedule, arena),
-        gx_stride(padded<A>(kGates * a.H)) {
+        gx_stride(row_distance<A>(kGates * a.H)) {
     input.take(arena, a.b_ih);
     hidden.take(arena, a.b_hh);
     projection.take(arena, false);

@@ -28,6 +28,14 @@ int64_t padded(int64_t width) {
   return (width + kWidth - 1) / kWidth * kWidth;
 }
 
+// A distance of rows of at least `width`, of an odd number of vectors: rows that lie a power of two
+// apart share one set of the cache, and push each other out.
+template <class A>
+int64_t row_distance(int64_t width) {
+  constexpr int64_t kWidth = Vec<A>::kWidth;
+  return (padded<A>(width) / kWidth | 1) * kWidth;
+}
+
 // Where a tile's sums begin and end: row n at data + n * stride.
 template <class A>
 struct TileRows {

@@ -80,21 +80,6 @@ struct Format<double> {
   static constexpr double kExpMax = 708.0, kTanhMax = 40.0;
 };
 
-// Sum of a vector's lanes: halves onto halves, down to 16 bytes.
-template <class A, int kBytes, class Raw>
-FUSED_RNN_FN A sum_lanes(Raw v) {
-  if constexpr (kBytes > 16) {
-    typedef A HalfRaw __attribute__((vector_size(kBytes / 2)));
-    HalfRaw halves[2];
-    memcpy(halves, &v, kBytes);
-    return sum_lanes<A, kBytes / 2>(halves[0] + halves[1]);
-  } else if constexpr (sizeof(A) == 4) {
-    return (v[0] + v[2]) + (v[1] + v[3]);
-  } else {
-    return v[0] + v[1];
-  }
-}
-
 template <class A>
 struct Vec {
   using Raw = typename Format<A>::Raw;
@@ -116,8 +101,6 @@ struct Vec {
   friend FUSED_RNN_FN Int operator<=(Vec a, Vec b) { return a.v <= b.v; }
   friend FUSED_RNN_FN Int operator>(Vec a, Vec b) { return a.v > b.v; }
   friend FUSED_RNN_FN Vec select(Int mask, Vec a, Vec b) { return mask ? a.v : b.v; }
-
-  FUSED_RNN_FN A total() const { return sum_lanes<A, kVectorBytes>(v); }
 
   // With a count below kWidth only the first lanes are touched, and the others load as zero.
   template <class T>
@@ -181,6 +164,37 @@ struct Vec {
     narrow_bits(value | ((bits >> 16) & 0x8000), &p->bits);
   }
 };
+
+template <int... kLanes>
+struct Lanes {};
+template <int kCount, int... kLanes>
+struct CountLanes : CountLanes<kCount - 1, kCount - 1, kLanes...> {};
+template <int... kLanes>
+struct CountLanes<0, kLanes...> {
+  using Type = Lanes<kLanes...>;
+};
+
+// Lane j of the result is the sum of two lanes, j and its partner kApart away: a's where j is the
+// first of the two, b's where it is the second.
+template <int kApart, class A, int... kLanes>
+FUSED_RNN_FN Vec<A> add_partners(Vec<A> a, Vec<A> b, Lanes<kLanes...>) {
+  using Raw = typename Vec<A>::Raw;
+  const typename Vec<A>::Int second = {(kLanes & kApart ? -1 : 0)...};
+  const Raw crossed = second ? a.v : b.v;
+  return (second ? b.v : a.v) + Raw{crossed[kLanes ^ kApart]...};
+}
+
+// Sums of the lanes of kWidth vectors, the i-th in lane i of the result.
+template <int kApart, class A>
+FUSED_RNN_FN Vec<A> lane_sums(Vec<A>* v) {
+  using All = typename CountLanes<Vec<A>::kWidth>::Type;
+#pragma GCC unroll 8
+  for (int i = 0; i < kApart; ++i) v[i] = add_partners<kApart>(v[i], v[i + kApart], All());
+  if constexpr (kApart > 1)
+    return lane_sums<kApart / 2>(v);
+  else
+    return v[0];
+}
 
 // e^r - 1 for |r| <= ln(2)/2. Pairs of terms, then Horner in r^2: half the latency of Horner in r.
 template <class A>

@@ -11,10 +11,14 @@ namespace FUSED_RNN_NAMESPACE {
 template <class A>
 struct Blocks {
   static constexpr int64_t kWidth = Vec<A>::kWidth;
-  int64_t capacity = 0;
-  A* data = nullptr;
+  A* data;
+  int64_t distance;  // from block to block
 
-  A* at(int64_t block, int64_t slot = 0) const { return data + (block * capacity + slot) * kWidth; }
+  Blocks(int64_t blocks, int64_t slots, Arena& arena)
+      : data(nullptr), distance(row_distance<A>(slots * kWidth)) {
+    data = arena.take<A>(blocks * distance);
+  }
+  A* at(int64_t block, int64_t slot = 0) const { return data + block * distance + slot * kWidth; }
 };
 
 // Of a weight [rows.count() units of each gate, columns].

@@ -9,7 +9,7 @@ algorithm), and one or more of
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
   a ``layer``, which runs cells under autocast, it may count on one dtype;
 - ``small_step(...)``: the same where nothing watches the computation, or ``None`` for "not this
-  one".
+  one"; asked where its ``is_small(problem)`` says so.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def faster_than_torch(problem: Problem) -> bool:
     ``benchmarks/results`` show where that is close, LSTM training above all (0.94 to 1.2 times).
     """
     if problem.T == 0:
-        return not problem.grad and problem.N <= cpu.SMALL_ROWS
+        return cpu.is_small(problem)
     onednn = (
         problem.cell == "lstm"
         and problem.dtype is float32

@@ -10,18 +10,20 @@ from torch.nn.functional import linear
 
 from .. import native
 from ..autograd import layer, step
-from ..cells import Cell
+from ..cells import CELLS, Cell
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["NAME", "available", "cell_step", "explain", "layer", "supports"]
+__all__ = ["NAME", "available", "cell_step", "explain", "is_small", "layer", "supports"]
 
 NAME = "cpu"
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Up to here one pass over the weights beats two GEMMs and their calls.
+# Up to either of these, rows or multiplications, one pass over the weights beats two GEMMs and
+# their calls.
 SMALL_ROWS = 4
+SMALL_PRODUCTS = 2**21
 _NOT_YET = ("h_mask", "keep")
 
 
@@ -43,7 +45,7 @@ def supports(problem: Problem) -> str | None:
 
 
 def explain(problem: Problem) -> str:
-    if problem.T == 0 and not problem.grad and problem.N <= SMALL_ROWS:
+    if is_small(problem):
         return "one pass over the weights, past the dispatcher"
     if problem.T == 0:
         return "torch's two GEMMs, then one native pointwise kernel"
@@ -51,6 +53,13 @@ def explain(problem: Problem) -> str:
         "one GEMM for the input of all steps, then the whole time loop in one native call, the "
         "batch split over threads; the loop's results are bit-equal on any number of threads"
     )
+
+
+def is_small(problem: Problem) -> bool:
+    """Whether :func:`small_step` is the way to run ``problem``."""
+    weights = CELLS[problem.cell].gates * problem.H * (problem.I + problem.H)
+    few = problem.N <= SMALL_ROWS or problem.N * weights <= SMALL_PRODUCTS
+    return problem.T == 0 and not problem.grad and few
 
 
 def cell_step(
@@ -83,13 +92,12 @@ def small_step(
 
     The caller has made sure that nothing watches the computation: this goes past the dispatcher,
     which takes longer than the step itself. ``None`` says that an operand is not plain contiguous
-    memory of the right size, or that there are too many rows.
+    memory of the right size.
     """
     # A view may carry its sign as a bit beside the memory. Written out: a loop over the operands
     # takes a tenth of the whole step.
     if (
-        x.size(0) > SMALL_ROWS
-        or x.is_neg()
+        x.is_neg()
         or h.is_neg()
         or w_ih.is_neg()
         or w_hh.is_neg()
