@@ -149,11 +149,11 @@ class Backward {
     for (int64_t step = slots.first_step() + slots.steps() - 1; step >= slots.first_step();
          --step) {
       const int64_t end = share.place + find_live(share, step);
-      if (projects()) unproject(share.place, end);
+      if (projects()) unproject(share.place, end, step);
       int64_t j = share.place;
       for (; j + 1 < end; j += 2) update_units<2>(j);
       if (j < end) update_units<1>(j);
-      propagate(share.place, end);
+      propagate(share.place, end, step);
     }
   }
 
@@ -185,7 +185,7 @@ class Backward {
   }
 
   // dL/dh of the projected state, then of the state before the projection.
-  void unproject(int64_t begin, int64_t end) {
+  void unproject(int64_t begin, int64_t end, int64_t step) {
     for (int64_t j = begin; j < end; ++j) {
       A* total = dh_total + j * a.R;
       x[j] = total;
@@ -197,9 +197,10 @@ class Backward {
       }
       memset(dh0(live[j].n), 0, sizeof(A) * size_t(a.R));
     }
-    multiply(projection, x + begin, end - begin, [&](int64_t j, int64_t unit, int64_t n, V dh) {
-      dh.store(dh_unprojected + (begin + j) * a.H + unit, n);
-    });
+    multiply(projection, x + begin, end - begin, step,
+             [&](int64_t j, int64_t unit, int64_t n, V dh) {
+               dh.store(dh_unprojected + (begin + j) * a.H + unit, n);
+             });
   }
 
   template <int K>
@@ -268,17 +269,18 @@ class Backward {
   }
 
   // Through the recurrent product into the state before.
-  void propagate(int64_t begin, int64_t end) {
+  void propagate(int64_t begin, int64_t end, int64_t step) {
     int64_t passing = begin;
     for (int64_t j = begin; j < end; ++j) {
       if (!live[j].passes) continue;
       x[passing] = dgh + j * gate_stride;
       who[passing++] = live[j].n;
     }
-    multiply(hidden, x + begin, passing - begin, [&](int64_t j, int64_t unit, int64_t n, V dh) {
-      A* to = dh0(who[begin + j]) + unit;
-      (dh + V::load(to, n)).store(to, n);
-    });
+    multiply(hidden, x + begin, passing - begin, step,
+             [&](int64_t j, int64_t unit, int64_t n, V dh) {
+               A* to = dh0(who[begin + j]) + unit;
+               (dh + V::load(to, n)).store(to, n);
+             });
   }
 
   // dx of the chunk, and the factors that its gate gradients meet in the weights' gradients.
@@ -312,7 +314,7 @@ class Backward {
       dgx_rows[slot] = dgx + slot * gate_stride;
       if (!a.w_ih) copy_row(dgx_rows[slot], to + slots.index[slot] * a.I, a.I);
     }
-    multiply(input, dgx_rows + range.begin, range.end - range.begin,
+    multiply(input, dgx_rows + range.begin, range.end - range.begin, 0,
              [&](int64_t j, int64_t unit, int64_t n, V dx) {
                dx.store(to + slots.index[range.begin + j] * a.I + unit, n);
              });

@@ -146,14 +146,15 @@ class Forward {
 
   void run_steps(Share share) {
     for (int64_t i = 0; i < slots.steps(); ++i) {
-      const int64_t count = find_live(share, slots.first_step() + i);
-      for (int64_t p = 0; p < hidden.count(); ++p) {
+      const int64_t step = slots.first_step() + i, count = find_live(share, step);
+      for (int64_t j = 0; j < hidden.count(); ++j) {
+        const int64_t p = hidden.in_sweep(j, step);
         const int vectors = hidden.vectors(p);
         for_each_tile(count, vectors, [&](int64_t first, int rows) {
           run_tile(p, vectors, share.place + first, rows);
         });
       }
-      if (a.w_hr) project(share.place, count);
+      if (a.w_hr) project(share.place, count, step);
       for (int64_t j = share.place; j < share.place + count; ++j) {
         state[who[j]] = state_after(who[j], live[j].index);
         if constexpr (!kInPlace) flip[who[j]] = !flip[who[j]];
@@ -255,9 +256,9 @@ class Forward {
     });
   }
 
-  void project(int64_t place, int64_t count) {
+  void project(int64_t place, int64_t count, int64_t step) {
     for (int64_t j = place; j < place + count; ++j) x[j] = unprojected + who[j] * a.H;
-    multiply(projection, x + place, count, [&](int64_t j, int64_t unit, int64_t n, V h) {
+    multiply(projection, x + place, count, step, [&](int64_t j, int64_t unit, int64_t n, V h) {
       const Live& row = live[place + j];
       h.store(state_after(who[place + j], row.index) + unit, n);
       if constexpr (!kInPlace) h.store(static_cast<T*>(a.h) + row.index * a.R + unit, n);

@@ -138,6 +138,10 @@ struct Panels {
     const int64_t left = unit_blocks() - first_block(panel);
     return int(left < blocks ? left : blocks);
   }
+  // The panel that comes i-th in a sweep over all. Weights are swept again at every step, and
+  // may fill L2: there and back finds in it what the last sweep read last, where always the same
+  // way finds nothing.
+  int64_t in_sweep(int64_t i, int64_t sweep) const { return sweep & 1 ? count() - 1 - i : i; }
   int vectors(int64_t panel) const { return int(gates) * block_count(panel); }
   A* panel_weights(int64_t panel) const {
     return weights + first_block(panel) * gates * K * kWidth;
@@ -169,35 +173,37 @@ struct Panels {
  private:
   template <class T>
   void pack_block(const T* matrix, const T* bias_vector, int64_t panel, int b, int64_t gate) {
-    // Slices of a vector's width in k keep both the rows read and the lines written in L1.
     const int64_t unit = (first_block(panel) + b) * kWidth;
     const int64_t stride = int64_t(vectors(panel)) * kWidth;
     const int64_t column = (b * gates + gate) * kWidth;
     A* to = panel_weights(panel) + column;
+    const int64_t rows = units - unit;
     for (int64_t k0 = 0; k0 < K; k0 += kWidth) {
       const int64_t n = K - k0 < kWidth ? K - k0 : kWidth;
-      for (int64_t lane = 0; lane < kWidth; ++lane) {
-        A row[kWidth] = {};
-        if (unit + lane < units)
-          Vec<A>::load(matrix + (gate * units + unit + lane) * K + k0, n).store(row);
-        for (int64_t k = 0; k < n; ++k) to[(k0 + k) * stride + lane] = row[k];
-      }
+      Vec<A> square[kWidth];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kWidth; ++lane)
+        square[lane] = lane < rows ? Vec<A>::load(matrix + (gate * units + unit + lane) * K + k0, n)
+                                   : Vec<A>(0);
+      transpose<kWidth / 2>(square);
+      for (int64_t k = 0; k < n; ++k) square[k].store(to + (k0 + k) * stride);
     }
     if (!bias) return;
     A* bias_to = bias + first_block(panel) * gates * kWidth + column;
-    const int64_t n = units - unit;
     const Vec<A> values =
-        bias_vector ? Vec<A>::load(bias_vector + gate * units + unit, n) : Vec<A>(0);
+        bias_vector ? Vec<A>::load(bias_vector + gate * units + unit, rows) : Vec<A>(0);
     values.store(bias_to);
   }
 };
 
 // Rows of x times a matrix of one gate: store(row, unit, lanes, value) receives each vector.
 template <class A, class Store>
-void multiply(const Panels<A>& panels, const A* const* x, int64_t count, Store store) {
+void multiply(const Panels<A>& panels, const A* const* x, int64_t count, int64_t sweep,
+              Store store) {
   constexpr int64_t kWidth = Vec<A>::kWidth;
   alignas(kVectorBytes) A out[kMaxRows * kMaxVectors * kWidth];
-  for (int64_t p = 0; p < panels.count(); ++p) {
+  for (int64_t i = 0; i < panels.count(); ++i) {
+    const int64_t p = panels.in_sweep(i, sweep);
     const int vectors = panels.vectors(p);
     for_each_tile(count, vectors, [&](int64_t first, int rows) {
       find_tile<A>(vectors, rows)(panels.panel_weights(p), panels.panel_bias(p), x + first,

@@ -174,22 +174,37 @@ struct CountLanes<0, kLanes...> {
   using Type = Lanes<kLanes...>;
 };
 
-// Lane j of the result is the sum of two lanes, j and its partner kApart away: a's where j is the
-// first of the two, b's where it is the second.
+// Lane j has a partner kApart lanes away. Exchanged are a's lanes that are the second of two with
+// b's that are the first: the 2x2 transpose.
 template <int kApart, class A, int... kLanes>
-FUSED_RNN_FN Vec<A> add_partners(Vec<A> a, Vec<A> b, Lanes<kLanes...>) {
+FUSED_RNN_FN void exchange(Vec<A>& a, Vec<A>& b, Lanes<kLanes...>) {
   using Raw = typename Vec<A>::Raw;
   const typename Vec<A>::Int second = {(kLanes & kApart ? -1 : 0)...};
-  const Raw crossed = second ? a.v : b.v;
-  return (second ? b.v : a.v) + Raw{crossed[kLanes ^ kApart]...};
+  const Raw leaving = second ? a.v : b.v;
+  const Raw coming = {leaving[kLanes ^ kApart]...};
+  a = second ? coming : a.v;
+  b = second ? b.v : coming;
+}
+
+// kWidth vectors as the rows of a matrix, transposed in place.
+template <int kApart, class A>
+FUSED_RNN_FN void transpose(Vec<A>* rows) {
+  constexpr int kWidth = Vec<A>::kWidth;
+#pragma GCC unroll 16
+  for (int i = 0; i < kWidth; ++i)
+    if (!(i & kApart))
+      exchange<kApart>(rows[i], rows[i + kApart], typename CountLanes<kWidth>::Type());
+  if constexpr (kApart > 1) transpose<kApart / 2>(rows);
 }
 
 // Sums of the lanes of kWidth vectors, the i-th in lane i of the result.
 template <int kApart, class A>
 FUSED_RNN_FN Vec<A> lane_sums(Vec<A>* v) {
-  using All = typename CountLanes<Vec<A>::kWidth>::Type;
 #pragma GCC unroll 8
-  for (int i = 0; i < kApart; ++i) v[i] = add_partners<kApart>(v[i], v[i + kApart], All());
+  for (int i = 0; i < kApart; ++i) {
+    exchange<kApart>(v[i], v[i + kApart], typename CountLanes<Vec<A>::kWidth>::Type());
+    v[i] = v[i] + v[i + kApart];
+  }
   if constexpr (kApart > 1)
     return lane_sums<kApart / 2>(v);
   else

@@ -71,14 +71,15 @@ class WeightGradient {
     const int64_t end = row_blocks() * (part + 1) / parts;
     for (int64_t block = row_blocks() * part / parts; block < end; ++block) {
       const A* gradients = blocks.at(source(block));
-      for (int64_t panel = 0; panel < panels(); ++panel) {
+      for (int64_t i = 0; i < panels(); ++i) {
+        const int64_t panel = block & 1 ? panels() - 1 - i : i;  // there and back, as in_sweep
         const int vectors = vectors_of(panel);
         const A* factors = factors_ + first_block(panel) * kWidth * capacity_;
         const int64_t stride = vectors * kWidth;
         A* sums = panel_sums(panel) + block * kWidth * stride;
         for_each_tile(kWidth, vectors, [&](int64_t first, int rows) {
           const A* x[kMaxRows];
-          for (int i = 0; i < rows; ++i) x[i] = gradients + first + i;
+          for (int n = 0; n < rows; ++n) x[n] = gradients + first + n;
           A* to = sums + first * stride;
           find_tile<A, kWidth>(vectors, rows)(factors, {to, stride}, x, count, {to, stride});
         });
