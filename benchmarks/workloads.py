@@ -91,14 +91,17 @@ class Workload:
         return lengths
 
     def gflop(self, kind: str) -> float:
-        """The matrix products of one call, in 10⁹ operations; backward has two for each one."""
-        R = self.P or self.H
+        """The matrix products of one call, in 10⁹ operations. Backward has two for each one of
+        forward, but none for the gradient of the input."""
+        R, gates = self.P or self.H, GATES[self.cell] * self.H
         rows = int(self.sequence_lengths().sum())
         macs = 0
         for layer in range(self.L):
             width = self.I if layer == 0 else R * self.D
-            macs += self.D * ((width + R) * GATES[self.cell] * self.H + self.P * self.H)
-        return 2e-9 * rows * macs * (3 if kind == "train" else 1)
+            macs += self.D * ((width + R) * gates + self.P * self.H)
+        if kind == "train":
+            macs = 3 * macs - self.D * self.I * gates
+        return 2e-9 * rows * macs
 
     def packed_gigabytes(self) -> float:
         """What torch.nn writes in one backward of packed input: it slices the gates of every step
@@ -149,7 +152,8 @@ def make_module(namespace: ModuleType, w: Workload, **options: Any) -> nn.Module
 @dataclass
 class Case:
     """A provider's module with its inputs; :meth:`forward`, :meth:`train` and :meth:`step` are
-    what is timed, :meth:`results` what is compared."""
+    what is timed, :meth:`results` what is compared. What is timed leaves the input without
+    gradient, as data has none; what is compared asks for it too."""
 
     module: nn.Module
     input: Tensor | PackedSequence
@@ -158,6 +162,12 @@ class Case:
     draw: Callable[[torch.Size], Tensor]
     cotangents: list[Tensor] = field(default_factory=list)
 
+    @property
+    def data(self) -> Tensor | PackedSequence:
+        if isinstance(self.input, PackedSequence):
+            return PackedSequence(self.input.data.detach(), *self.input[1:])
+        return self.input.detach()
+
     def forward(self) -> Any:
         with torch.no_grad():
             return self.module(self.input, self.states)
@@ -165,12 +175,13 @@ class Case:
     step = forward
 
     def train(self) -> tuple[Tensor, ...]:
-        return self._backward(flatten(self.module(self.input, self.states)))
+        leaves = [leaf for name, leaf in self.leaves.items() if name != "input"]
+        return self._backward(flatten(self.module(self.data, self.states)), leaves)
 
-    def _backward(self, outputs: list[Tensor]) -> tuple[Tensor, ...]:
+    def _backward(self, outputs: list[Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
         if not self.cotangents:
             self.cotangents = [self.draw(output.shape) for output in outputs]
-        return torch.autograd.grad(outputs, [*self.leaves.values()], self.cotangents)
+        return torch.autograd.grad(outputs, leaves, self.cotangents)
 
     def call(self, kind: str) -> Callable[[], Any]:
         return {"forward": self.forward, "train": self.train, "step": self.step}[kind]
@@ -183,8 +194,9 @@ class Case:
         if kind != "train":
             return dict(zip(names, flatten(self.forward()), strict=False))
         outputs = flatten(self.module(self.input, self.states))
-        gradients = zip((f"d {name}" for name in self.leaves), self._backward(outputs), strict=True)
-        return dict(zip(names, outputs, strict=False)) | dict(gradients)
+        gradients = self._backward(outputs, [*self.leaves.values()])
+        wheres = (f"d {name}" for name in self.leaves)
+        return dict(zip(names, outputs, strict=False)) | dict(zip(wheres, gradients, strict=True))
 
 
 def flatten(result: Any) -> list[Tensor]:
@@ -206,9 +218,8 @@ def make_case(
     integers: bool = False,
 ) -> Case:
     """``module`` in ``dtype`` with the inputs of ``w``: the same for every provider, rounded to
-    ``values`` (default ``dtype``), or with ``integers`` to those. Training differentiates the
-    input, the states and all parameters, as for a layer in the middle of a model. By default a
-    step is given states and a sequence starts from none."""
+    ``values`` (default ``dtype``), or with ``integers`` to those. By default a step
+    is given states and a sequence starts from none."""
     generator = torch.Generator().manual_seed(0)
     step = w.mode == "step"
 

@@ -50,8 +50,8 @@ def explain(problem: Problem) -> str:
     if problem.T == 0:
         return "torch's two GEMMs, then one native pointwise kernel"
     return (
-        "one GEMM for the input of all steps, then the whole time loop in one native call, the "
-        "batch split over threads; the loop's results are bit-equal on any number of threads"
+        "input product, time loop and gradients in one native call, the batch split over threads; "
+        "results are bit-equal on any number of threads"
     )
 
 
