@@ -28,6 +28,15 @@ def projects(cell, P, shape=(1, 1, 33), **_):
     return not P or (cell == "lstm" and shape[2] > P)
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("shape", [(1024, 16, 12), (4, 3000, 5)], ids=str)
+def test_sums_over_many_rows(cell, shape, rows):
+    """A weight's gradient sums over all rows: added one by one they would lose digits."""
+    case = {"cell": cell, "shape": shape, "rows": rows, "dtype": torch.float32}
+    check(layer, make_problem(**case))
+
+
 @cases(
     projects,
     cell=CELLS,

@@ -324,31 +324,33 @@ class Backward {
     const int64_t parts = schedule.workers, ihs = ih.panels() ? parts : 0;
     const int64_t hhs = hh.panels() ? parts : 0, hrs = hr.panels() ? parts : 0;
     parallel(schedule, ihs + hhs + hrs + (a.db_ih || a.db_hh), [&](int64_t i) {
-      if (i < ihs) return ih.add(gates, slots.count, i, parts);
+      const auto add_sums = [&](WeightGradient<A>& gradient, const Blocks<A>& blocks) {
+        for (int64_t sum = 0, begin = 0; sum < slots.sums; begin = slots.sum_end[sum++])
+          gradient.add(blocks, begin, slots.sum_end[sum], i, parts);
+      };
+      if (i < ihs) return add_sums(ih, gates);
       i -= ihs;
-      if (i < hhs) return hh.add(gates, slots.count, i, parts);
+      if (i < hhs) return add_sums(hh, gates);
       i -= hhs;
-      if (i < hrs) return hr.add(dh_sums, slots.count, i, parts);
-      sum_gates();
+      if (i < hrs) return add_sums(hr, dh_sums);
+      for (int64_t sum = 0, begin = 0; sum < slots.sums; begin = slots.sum_end[sum++])
+        sum_gates(begin, slots.sum_end[sum]);
     });
   }
 
-  void sum_gates() {
-    // An addition waits four cycles for the one before: four blocks at a time.
-    constexpr int kBlocks = 4;
-    for (int64_t first = 0; first < kBlockGates * unit_blocks; first += kBlocks) {
-      const int64_t left = kBlockGates * unit_blocks - first;
-      const int blocks = int(left < kBlocks ? left : kBlocks);
-      const A* from[kBlocks];
-      V sum[kBlocks];
-      for (int b = 0; b < kBlocks; ++b) {
-        from[b] = gates.at(first + (b < blocks ? b : 0));
-        sum[b] = V::load(bias_sums + (first + (b < blocks ? b : 0)) * kWidth);
-      }
-      for (int64_t slot = 0; slot < slots.count; ++slot)
+  void sum_gates(int64_t begin, int64_t end) {
+    // An addition waits four cycles for the one before: four sums side by side.
+    constexpr int kSums = 4;
+    for (int64_t block = 0; block < kBlockGates * unit_blocks; ++block) {
+      V sum[kSums] = {V(0), V(0), V(0), V(0)};
+      const A* from = gates.at(block);
+      int64_t slot = begin;
+      for (; slot + kSums <= end; slot += kSums)
 #pragma GCC unroll 4
-        for (int b = 0; b < kBlocks; ++b) sum[b] = sum[b] + V::load(from[b] + slot * kWidth);
-      for (int b = 0; b < blocks; ++b) sum[b].store(bias_sums + (first + b) * kWidth);
+        for (int i = 0; i < kSums; ++i) sum[i] = sum[i] + V::load(from + (slot + i) * kWidth);
+      for (; slot < end; ++slot) sum[0] = sum[0] + V::load(from + slot * kWidth);
+      A* to = bias_sums + block * kWidth;
+      (V::load(to) + ((sum[0] + sum[1]) + (sum[2] + sum[3]))).store(to);
     }
   }
 

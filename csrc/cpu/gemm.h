@@ -36,24 +36,23 @@ int64_t row_distance(int64_t width) {
   return (padded<A>(width) / kWidth | 1) * kWidth;
 }
 
-// Where a tile's sums begin and end: row n at data + n * stride.
+// What a tile's sums are added to, or where they go: row n at data + n * stride.
 template <class A>
 struct TileRows {
   A* data;
   int64_t stride;
 };
 
-// out[n][v] = start[n][v] + sum over k of panel[k][v] * x[n][k * kStep]; no start is zero.
+// out[n][v] = (sum over k of panel[k][v] * x[n][k * kStep]) + more[n][v]; no more is zero.
 template <class A, int kStep, int V, int N>
-void multiply_tile(const A* panel, TileRows<const A> start, const A* const* x, int64_t K,
+void multiply_tile(const A* panel, TileRows<const A> more, const A* const* x, int64_t K,
                    TileRows<A> out) {
   constexpr int kWidth = Vec<A>::kWidth;
   Vec<A> sum[N][V];
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      sum[n][v] = start.data ? Vec<A>::load(start.data + n * start.stride + v * kWidth) : Vec<A>(0);
+    for (int v = 0; v < V; ++v) sum[n][v] = Vec<A>(0);
   const A* row[N];
   for (int n = 0; n < N; ++n) row[n] = x[n];
   for (int64_t k = 0; k < K; ++k, panel += V * kWidth) {
@@ -69,6 +68,13 @@ void multiply_tile(const A* panel, TileRows<const A> start, const A* const* x, i
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) sum[n][v] = weight[v] * state + sum[n][v];
     }
+  }
+  if (more.data) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        sum[n][v] = sum[n][v] + Vec<A>::load(more.data + n * more.stride + v * kWidth);
   }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
@@ -146,7 +152,7 @@ struct Panels {
   A* panel_weights(int64_t panel) const {
     return weights + first_block(panel) * gates * K * kWidth;
   }
-  // What the sums of every row start from.
+  // The same for every row.
   TileRows<const A> panel_bias(int64_t panel) const {
     return {bias ? bias + first_block(panel) * gates * kWidth : nullptr, 0};
   }

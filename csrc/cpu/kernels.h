@@ -8,12 +8,16 @@
 
 namespace fused_rnn {
 
+inline constexpr int64_t kSumRows = 256;  // in a block of a sum over rows, at most
+
 // How a call is cut up. A chunk of steps goes through all stages before the next one starts, so
 // that what one stage leaves for the next is still in the cache.
 struct Schedule {
   int64_t workers;  // threads that stages without an order in time are cut for
   int64_t shares;   // of the batch, each one thread's: no more than rows
-  int64_t steps;    // in a chunk
+  int64_t steps;    // in a chunk: all, or a multiple of sum_steps
+  // Sums over rows are made of the sums over blocks of so many steps, whatever workers and chunks.
+  int64_t sum_steps;
   // Runs body(context, task) for each task, in any order, on any thread.
   void (*parallel)(int64_t tasks, void (*body)(const void* context, int64_t task),
                    const void* context);

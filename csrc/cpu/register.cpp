@@ -52,9 +52,9 @@ const Kernels& best_kernels(Scalar scalar) { return kKernels[&best_isa() - kIsas
 // Below this much arithmetic a second thread costs more than it brings: waking one takes 5-10 us.
 constexpr double kFlopsPerThread = 1e6;
 
-// Rows that a chunk has for each worker. On one thread a chunk should stay in its cache; several
-// meet after each stage, which takes them 5-10 us.
-constexpr int64_t kRowsAlone = 256, kRowsTogether = 512;
+// Blocks of a sum that a chunk has for each worker. On one thread a chunk should stay in its cache;
+// several meet after each stage, which takes them 5-10 us.
+constexpr int64_t kSumsAlone = 1, kSumsTogether = 2;
 
 void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -68,10 +68,10 @@ Schedule schedule_of(const Layer& layer) {
   const double useful = 1 + flops / kFlopsPerThread;
   int64_t workers = torch::stable::get_num_threads();
   if (double(workers) > useful) workers = int64_t(useful);
-  const int64_t rows = workers == 1 ? kRowsAlone : kRowsTogether * workers;
-  int64_t steps = (rows + layer.N - 1) / layer.N;
+  const int64_t sum_steps = (kSumRows + layer.N - 1) / layer.N;
+  int64_t steps = sum_steps * (workers == 1 ? kSumsAlone : kSumsTogether * workers);
   if (steps > layer.T) steps = layer.T;
-  return {workers, workers < layer.N ? workers : layer.N, steps < 1 ? 1 : steps, parallel};
+  return {workers, workers < layer.N ? workers : layer.N, steps, sum_steps, parallel};
 }
 
 struct Memory {

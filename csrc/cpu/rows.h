@@ -10,6 +10,7 @@ namespace FUSED_RNN_NAMESPACE {
 using fused_rnn::kClear;
 using fused_rnn::kCut;
 using fused_rnn::kHold;
+using fused_rnn::kSumRows;
 using fused_rnn::Layer;
 using fused_rnn::Schedule;
 
@@ -79,38 +80,50 @@ struct Step {
 // hand to each other is stored by slot, without gaps.
 class Slots {
   int32_t* slots_;  // [steps][N], -1 where a row holds
-  int64_t N_, first_, steps_;
+  int64_t N_, first_, steps_, sum_steps_;
 
  public:
   int64_t capacity;
   int64_t count = 0;
   int64_t* index;  // [count] row in x, h, c, saved
+  // The blocks of slots that sums are made of: the i-th ends where the next one begins.
+  int64_t sums = 0;
+  int64_t* sum_end;
 
   Slots(const Layer& layer, const Schedule& schedule, Arena& arena)
       : slots_(arena.take<int32_t>(schedule.steps * layer.N)),
         N_(layer.N),
+        sum_steps_(schedule.sum_steps),
         capacity(schedule.steps * layer.N),
-        index(arena.take<int64_t>(schedule.steps * layer.N)) {}
+        index(arena.take<int64_t>(capacity)),
+        sum_end(arena.take<int64_t>((schedule.steps / sum_steps_ + 1) * (N_ / kSumRows + 1))) {}
 
   // Steps [first, first + steps), numbered from the last one down with `backwards`.
   void open(const Layer& layer, int64_t first, int64_t steps, bool backwards = false) {
     first_ = first;
     steps_ = steps;
-    count = 0;
+    count = sums = 0;
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t step = first + (backwards ? steps - 1 - i : i);
       const Step at(layer, step);
       for (int64_t n = 0; n < N_; ++n) {
+        if (i % sum_steps_ == 0 && n % kSumRows == 0) end_sum();
         const bool holds = at.holds(n);
         slots_[(step - first) * N_ + n] = holds ? -1 : int32_t(count);
         if (!holds) index[count++] = at.index(n);
       }
     }
+    end_sum();
   }
   int64_t first_step() const { return first_; }
   int64_t steps() const { return steps_; }
   // -1: the row holds.
   int64_t at(int64_t step, int64_t n) const { return slots_[(step - first_) * N_ + n]; }
+
+ private:
+  void end_sum() {
+    if (count > (sums ? sum_end[sums - 1] : 0)) sum_end[sums++] = count;
+  }
 };
 
 template <class T>

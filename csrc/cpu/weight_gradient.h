@@ -1,6 +1,6 @@
 // The gradient of a weight: the sum over slots of one row of gate gradients times one row of what
-// the weight was multiplied with. It grows chunk by chunk, as one chain of multiply-adds for each
-// entry in the order of the slots, whatever the chunks and threads.
+// the weight was multiplied with. It grows block by block: one chain of multiply-adds over all
+// slots would lose digits. The blocks are the same whatever the chunks and threads.
 #pragma once
 
 #include "gemm.h"
@@ -65,23 +65,23 @@ class WeightGradient {
       }
   }
 
-  // Adds `count` slots to the part'th of `parts` parts of the rows. The factors of all panels are
-  // read again for each block, which should find them in L2, the block itself in L1.
-  void add(const Blocks<A>& blocks, int64_t count, int64_t part, int64_t parts) {
-    const int64_t end = row_blocks() * (part + 1) / parts;
-    for (int64_t block = row_blocks() * part / parts; block < end; ++block) {
-      const A* gradients = blocks.at(source(block));
+  // Adds slots [begin, end) to the part'th of `parts` parts of the rows. The factors of all panels
+  // are read again for each block, which should find them in L2, the block itself in L1.
+  void add(const Blocks<A>& blocks, int64_t begin, int64_t end, int64_t part, int64_t parts) {
+    const int64_t last = row_blocks() * (part + 1) / parts;
+    for (int64_t block = row_blocks() * part / parts; block < last; ++block) {
+      const A* gradients = blocks.at(source(block), begin);
       for (int64_t i = 0; i < panels(); ++i) {
         const int64_t panel = block & 1 ? panels() - 1 - i : i;  // there and back, as in_sweep
         const int vectors = vectors_of(panel);
-        const A* factors = factors_ + first_block(panel) * kWidth * capacity_;
         const int64_t stride = vectors * kWidth;
+        const A* factors = factors_ + first_block(panel) * kWidth * capacity_ + begin * stride;
         A* sums = panel_sums(panel) + block * kWidth * stride;
         for_each_tile(kWidth, vectors, [&](int64_t first, int rows) {
           const A* x[kMaxRows];
           for (int n = 0; n < rows; ++n) x[n] = gradients + first + n;
           A* to = sums + first * stride;
-          find_tile<A, kWidth>(vectors, rows)(factors, {to, stride}, x, count, {to, stride});
+          find_tile<A, kWidth>(vectors, rows)(factors, {to, stride}, x, end - begin, {to, stride});
         });
       }
     }

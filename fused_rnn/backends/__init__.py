@@ -123,9 +123,9 @@ def faster_than_torch(problem: Problem) -> bool:
 
     Where the lines lie was read off short interleaved runs by hand, one thread, AVX-512, on a noisy
     machine; no results file holds them. A cell's step is nearly all call: ours goes past the
-    dispatcher, but only without a gradient and where the work is small. oneDNN ran an LSTM's forward
-    without gradients in 0.8 to 0.95 of our time from 32 rows on, up to some 384 hidden units.
-    Elsewhere ours is chosen; the rows in ``benchmarks/results`` show where that is close.
+    dispatcher, but only without a gradient and where the work is small. oneDNN ran an LSTM's
+    forward without gradients in 0.8 to 0.95 of our time from 32 rows on, up to some 384 hidden
+    units. Elsewhere ours is chosen; the rows in ``benchmarks/results`` show where that is close.
     """
     if problem.T == 0:
         return cpu.is_small(problem)
