@@ -95,7 +95,11 @@ class Plain {
            void** data) const {
     if (optional && object.is_none()) return *data = nullptr, true;
     DLTensor t;
-    if (!view(object, &t) || t.device.device_type != kDLCPU || t.dtype.code != type_.code ||
+    return view(object, &t) && get(t, shape, data);
+  }
+
+  bool get(const DLTensor& t, std::initializer_list<int64_t> shape, void** data) const {
+    if (t.device.device_type != kDLCPU || t.dtype.code != type_.code ||
         t.dtype.bits != type_.bits || t.dtype.lanes != 1 || t.ndim != int(shape.size()))
       return false;
     int64_t stride = 1;
@@ -132,7 +136,7 @@ bool small_step(int cell, pybind11::handle x, pybind11::handle h, pybind11::hand
   const bool no_c = fused_rnn::kCellShapes[cell].states == 1;
   const Plain plain(input.dtype);
   void *px, *ph, *pc, *pw_ih, *pw_hh, *pb_ih, *pb_hh, *ph1, *pc1;
-  if (scalar < 0 || !plain.get(x, false, {N, I}, &px) || !plain.get(h, false, {N, H}, &ph) ||
+  if (scalar < 0 || !plain.get(input, {N, I}, &px) || !plain.get(state, {N, H}, &ph) ||
       !plain.get(c, no_c, {N, H}, &pc) || !plain.get(w_ih, false, {gates, I}, &pw_ih) ||
       !plain.get(w_hh, false, {gates, H}, &pw_hh) || !plain.get(b_ih, true, {gates}, &pb_ih) ||
       !plain.get(b_hh, true, {gates}, &pb_hh) || !plain.get(h1, false, {N, H}, &ph1) ||

@@ -10,7 +10,8 @@ namespace FUSED_RNN_NAMESPACE {
 
 using fused_rnn::CellArgs;
 
-inline constexpr int kCellRows = 4;  // that share a block of weights while it is in L1
+inline constexpr int kCellRows = 4;     // that share a block of weights while it is in L1
+inline constexpr int kCellVectors = 4;  // of a row of weights that are read together
 
 // A vector's width of rows of a weight matrix.
 template <class T>
@@ -26,6 +27,16 @@ struct WeightRows {
 #pragma GCC unroll 16
     for (int i = 0; i < V::kWidth; ++i) row[i] = first + (i < count ? i : 0) * K;
     int64_t k = 0;
+    // Neighbouring cache lines of a row one after the other: the rows come from L2.
+    for (; k + kCellVectors * V::kWidth <= K; k += kCellVectors * V::kWidth) {
+      V input[kCellVectors];
+      for (int j = 0; j < kCellVectors; ++j) input[j] = V::load(x + k + j * V::kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < V::kWidth; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < kCellVectors; ++j)
+          sum[i] = V::load(row[i] + k + j * V::kWidth) * input[j] + sum[i];
+    }
     for (; k + V::kWidth <= K; k += V::kWidth) {
       const V input = V::load(x + k);
 #pragma GCC unroll 16
