@@ -37,8 +37,14 @@ def test_sums_over_many_rows(cell, shape, rows):
     check(layer, make_problem(**case))
 
 
+def fits(cell, dtype, shape, **case):
+    """A ReLU's states are not bounded: sums over 520 of them leave float16."""
+    bounded = cell != "rnn_relu" or dtype is not torch.float16 or shape[0] < 520
+    return bounded and projects(cell=cell, shape=shape, **case)
+
+
 @cases(
-    projects,
+    fits,
     cell=CELLS,
     dtype=DTYPES,
     shape=SHAPES,
