@@ -2,7 +2,7 @@
 # PYTHON= chooses the Python it is made with, CXX= the compiler, PYTEST= adds options for pytest.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+CPP_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op
 

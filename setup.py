@@ -1,4 +1,5 @@
-"""Builds `fused_rnn/libfused_rnn_cpu.so` (the ops, no Python in it) and `fused_rnn/_C` with ninja.
+"""Builds `fused_rnn/libfused_rnn_cpu.so` (the ops, no Python in it), `fused_rnn/_C` and, where
+there is CUDA, `fused_rnn/libfused_rnn_cuda.so` with ninja.
 
 The CPU kernels are one source, compiled once per instruction set and dtype; the library holds all
 of them and chooses when it runs. setuptools has no notion of that, so this file writes the ninja
@@ -10,19 +11,23 @@ Environment:
     DEBUG=1                  -O0 -g
     FUSED_RNN_SANITIZE       e.g. address,undefined: build with these sanitizers
     FUSED_RNN_PURE_PYTHON=1  build nothing: the reference and torch backends only
+    FORCE_CUDA=1             build the CUDA library though torch is not a CUDA build; 0: never
+    NVCC                     the CUDA compiler (default: the one on PATH or in CUDA_HOME/bin)
+    TORCH_CUDA_ARCH_LIST     e.g. 8.0;9.0+PTX (default: the GPU at hand, with FORCE_CUDA=1 all)
 """
 
 import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -35,6 +40,9 @@ SANITIZE = os.environ.get("FUSED_RNN_SANITIZE", "")
 CXX = os.environ.get("CXX") or ("clang++" if MACOS else "g++")
 
 LIBRARY, MODULE = "fused_rnn.libfused_rnn_cpu", "fused_rnn._C"
+CUDA_LIBRARY = "fused_rnn.libfused_rnn_cuda"
+# Code for these, and PTX of the one that a later architecture can still translate.
+CUDA_ARCHITECTURES = "7.5;8.0;9.0+PTX;10.0;12.0"
 
 SCALARS = ("float", "double", "bfloat16", "half")
 INSTRUCTION_SETS = {"baseline": ""}
@@ -43,6 +51,10 @@ if X86 and not MACOS:
     INSTRUCTION_SETS["avx512"] = (
         "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512"
     )
+
+
+# Nothing newer than torch 2.10's part of the stable ABI is visible to the sources.
+TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
 def refuse(sentence: str) -> NoReturn:
@@ -80,6 +92,48 @@ def check_tools() -> None:
         refuse(f"the torch it is built against must be 2.10 or newer, and this one is {version}.")
 
 
+def find_nvcc() -> str | None:
+    if os.environ.get("NVCC"):
+        return os.environ["NVCC"]
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+
+
+def wants_cuda() -> bool:
+    """Whether to build the CUDA library: where torch could use it and there is a compiler."""
+    forced = os.environ.get("FORCE_CUDA", "")
+    if forced not in ("", "0") and find_nvcc() is None:
+        refuse("FORCE_CUDA is set and nvcc was not found: install CUDA, or name it with NVCC=.")
+    if forced:
+        return forced != "0"
+    if find_nvcc() is None or importlib.util.find_spec("torch") is None:
+        return False
+    # Written there when torch was built: importing torch takes seconds.
+    version = (package_folder("torch") / "version.py").read_text()
+    return bool(re.search(r"^cuda\b.*= '", version, re.MULTILINE))
+
+
+def cuda_architectures() -> list[str]:
+    """nvcc's flags for the architectures to build for."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wanted and os.environ.get("FORCE_CUDA", "") in ("", "0"):
+        answer = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+        )
+        wanted = ";".join(sorted(set(answer.stdout.split()))) if answer.returncode == 0 else ""
+    flags = []
+    for name in re.split(r"[;, ]+", (wanted or CUDA_ARCHITECTURES).strip()):
+        number = name.removesuffix("+PTX").replace(".", "")
+        if not re.fullmatch(r"\d{2,3}[af]?", number):
+            refuse(f"TORCH_CUDA_ARCH_LIST names {name!r}: expected numbers such as 8.0 or 9.0+PTX.")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
 def compile_flags() -> list[str]:
     flags = [
         "-std=c++17",
@@ -91,8 +145,7 @@ def compile_flags() -> list[str]:
         "-fvisibility=hidden",
         "-Wall",
         "-Wextra",
-        # Nothing newer than torch 2.10's part of the stable ABI is visible to the sources.
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        TARGET_VERSION,
         *(f"-DFUSED_RNN_HAS_{name.upper()}" for name in INSTRUCTION_SETS if name != "baseline"),
     ]
     if SANITIZE:
@@ -174,6 +227,43 @@ def write_ninja(path: Path) -> None:
             "python.cpp", "python.o", f"{torch_headers} {python_headers}", built_with
         )
         n.build("_C.so", "link", module, variables={"flags": " ".join(module_flags)})
+        if wants_cuda():
+            write_cuda(n, torch, others[0])
+
+
+def write_cuda(n: Any, torch: Path, ops: str) -> None:
+    """The CUDA library. Its stream and cuBLAS handle come from torch's CUDA libraries, which a
+    torch without CUDA lacks: it links there all the same, and loads where they are."""
+    host_flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
+    flags = [
+        "-std=c++17",
+        *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]),
+        f"-Xcompiler={','.join(host_flags)}",
+        "-Xptxas=-v",  # registers, shared memory and spills of each kernel
+        "--threads=0",
+        TARGET_VERSION,
+        *cuda_architectures(),
+    ]
+    nvcc = shlex.quote(find_nvcc() or "nvcc")
+    headers = f"-I{shlex.quote(str(ROOT / 'csrc'))} -isystem {shlex.quote(str(torch / 'include'))}"
+    n.rule(
+        "nvcc",
+        command=f"{nvcc} -ccbin {CXX} {' '.join(flags)} {headers} -MD -MF $out.d -c $in -o $out "
+        "> $out.log 2>&1 || { cat $out.log; exit 1; }",
+        depfile="$out.d",
+        deps="gcc",
+        description="compile $out",
+    )
+    # A linker that drops libraries which it thinks unused would drop libtorch, and with it the way
+    # to libtorch_cuda.
+    torch_libraries = f"-L{shlex.quote(str(torch / 'lib'))} -Xlinker --no-as-needed -ltorch"
+    n.rule(
+        "link_cuda",
+        command=f"{nvcc} -ccbin {CXX} -shared -cudart static $in -o $out {torch_libraries}",
+        description="link $out",
+    )
+    kernels = n.build("cuda.register.o", "nvcc", str(ROOT / "csrc" / "cuda" / "register.cu"))
+    n.build("libfused_rnn_cuda.so", "link_cuda", [*kernels, ops])
 
 
 class NinjaBuild(build_ext):
@@ -184,7 +274,10 @@ class NinjaBuild(build_ext):
     """
 
     def get_ext_filename(self, fullname: str) -> str:
-        if fullname in (LIBRARY, LIBRARY.rpartition(".")[2]):
+        if fullname.rpartition(".")[2] in (
+            LIBRARY.rpartition(".")[2],
+            CUDA_LIBRARY.rpartition(".")[2],
+        ):
             return os.path.join(*fullname.split(".")) + ".so"
         return super().get_ext_filename(fullname)
 
@@ -194,9 +287,9 @@ class NinjaBuild(build_ext):
         folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         write_ninja(folder / "build.ninja")
+        cuda = "and the CUDA library" if wants_cuda() else "without CUDA (see FORCE_CUDA)"
         print(
-            f"fused_rnn: building the CPU library ({', '.join(INSTRUCTION_SETS)}); this version "
-            "has no CUDA library yet.",
+            f"fused_rnn: building the CPU library ({', '.join(INSTRUCTION_SETS)}) {cuda}.",
             flush=True,
         )
         command = [sys.executable, "-m", "ninja", "-C", str(folder)]
@@ -217,6 +310,10 @@ PURE_PYTHON = os.environ.get("FUSED_RNN_PURE_PYTHON", "0") not in ("", "0")
 setup(
     ext_modules=[]
     if PURE_PYTHON
-    else [Extension(LIBRARY, ["csrc/ops.cpp"]), Extension(MODULE, ["csrc/python.cpp"])],
+    else [
+        Extension(LIBRARY, ["csrc/ops.cpp"]),
+        Extension(MODULE, ["csrc/python.cpp"]),
+        *([Extension(CUDA_LIBRARY, ["csrc/cuda/register.cu"])] if wants_cuda() else []),
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -29,7 +29,8 @@ struct Layer {
   int cell;
   bool reverse;
   int64_t T, N, I, H, R;   // R = P with a projection, else H; I = G*H without w_ih
-  const void* x;           // io [M, I], M = T*N without `rows`
+  int64_t M;               // rows of x: T*N, or with `rows` the live ones
+  const void* x;           // io [M, I]
   const void* w_ih;        // [G*H, I], or null: x is gx, the product itself
   const void* w_hh;        // [G*H, R]
   const void* w_hr;        // [P, H] or null

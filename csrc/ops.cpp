@@ -1,35 +1,13 @@
-// The schema of every op, and what is the same on every device: checks, allocation, arguments.
+// What is the same for every op on every device: checks, allocation, arguments.
 #include "ops.h"
 
 #include <string>
 #include <vector>
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 namespace fused_rnn {
 namespace {
-
-constexpr const char* kLayerSchema =
-    "layer(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, Tensor? h0, "
-    "Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, Tensor? w_hr, "
-    "Tensor? h_mask, Tensor? keep) "
-    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)";
-
-constexpr const char* kLayerBackwardSchema =
-    "layer_backward(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
-    "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
-    "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
-    "Tensor? keep) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dw_hh, Tensor db_hh, "
-    "Tensor dh0, Tensor dc0, Tensor dw_hr)";
-
-constexpr const char* kStepSchema =
-    "step(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
-    "-> (Tensor h1, Tensor c1, Tensor saved)";
-
-constexpr const char* kStepBackwardSchema =
-    "step_backward(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
-    "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)";
 
 using Shape = std::vector<int64_t>;
 
@@ -121,7 +99,6 @@ struct Problem {
   CellShape cell;
   ScalarType io, carry;
   Shape lead;  // [T, N], or [M] with rows
-  int64_t M;
   Layer layer{};
   Operands operands;
   std::vector<Tensor> keep_alive;
@@ -149,7 +126,7 @@ struct Problem {
     layer.T = time.size(0);
     layer.N = time.size(1);
     lead = options.rows ? Shape{x.size(0)} : Shape{layer.T, layer.N};
-    M = options.rows ? x.size(0) : layer.T * layer.N;
+    layer.M = options.rows ? x.size(0) : layer.T * layer.N;
     STD_TORCH_CHECK(!options.w_hr || cell.states == 2, "fused_rnn: only LSTM has a projection");
     STD_TORCH_CHECK(options.w_hr || layer.R == layer.H, "fused_rnn: w_hh must be [", gates(), ", ",
                     layer.H, "] without a projection");
@@ -161,7 +138,7 @@ struct Problem {
     layer.control = static_cast<const uint8_t*>(
         hold(operands.get("control", options.control, {layer.T, layer.N}, ScalarType::Byte)));
     const auto rows = operands.get("rows", options.rows, {layer.T, layer.N}, ScalarType::Int);
-    if (rows) check_rows(*rows, M);
+    if (rows) check_rows(*rows, layer.M);
     layer.rows = static_cast<const int32_t*>(hold(rows));
   }
 
@@ -208,7 +185,7 @@ ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = p.has_c() ? c_n.mutable_data_ptr() : nullptr;
   args.saved = saves_gates ? saved.mutable_data_ptr() : nullptr;
-  if (N > 0) device.forward(args, p.io);
+  if (N > 0) device.forward(args, inputs.x);
   return {h, c, h_n, c_n, saved};
 }
 
@@ -252,7 +229,7 @@ BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wa
   const Tensor dc0 = allocate(inputs.x, p.has_c() ? Shape{N, H} : Shape{0}, p.carry);
   args.dh0 = dh0.mutable_data_ptr();
   args.dc0 = p.has_c() ? dc0.mutable_data_ptr() : nullptr;
-  if (N > 0) device.backward(args, p.io);
+  if (N > 0) device.backward(args, inputs.x);
   return {dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0, dw_hr};
 }
 
@@ -285,7 +262,7 @@ StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const 
   args.h1 = h1.mutable_data_ptr();
   args.c1 = has_c ? c1.mutable_data_ptr() : nullptr;
   args.saved = save && shape.saved ? saved.mutable_data_ptr() : nullptr;
-  if (N > 0) device.step(args, io);
+  if (N > 0) device.step(args, gx);
   return {h1, c1, saved};
 }
 
@@ -329,15 +306,8 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
   args.dgh = shape.splits_gates ? dgh.mutable_data_ptr() : nullptr;
   args.dh = shape.splits_gates ? dh.mutable_data_ptr() : nullptr;
   args.dc = has_c ? dc.mutable_data_ptr() : nullptr;
-  if (N > 0) device.step_backward(args, io);
+  if (N > 0) device.step_backward(args, kept.h);
   return {dgx, dgh, dh, dc};
 }
 
 }  // namespace fused_rnn
-
-STABLE_TORCH_LIBRARY(fused_rnn, library) {
-  library.def(fused_rnn::kLayerSchema);
-  library.def(fused_rnn::kLayerBackwardSchema);
-  library.def(fused_rnn::kStepSchema);
-  library.def(fused_rnn::kStepBackwardSchema);
-}

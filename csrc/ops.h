@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include "layer.h"
@@ -15,11 +16,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// `like` is of the io dtype, and where the call runs: what needs workspace allocates it there.
 struct Device {
-  void (*forward)(const ForwardArgs&, ScalarType io);
-  void (*backward)(const BackwardArgs&, ScalarType io);
-  void (*step)(const StepArgs&, ScalarType io);
-  void (*step_backward)(const StepArgs&, ScalarType io);
+  void (*forward)(const ForwardArgs&, const Tensor& like);
+  void (*backward)(const BackwardArgs&, const Tensor& like);
+  void (*step)(const StepArgs&, const Tensor& like);
+  void (*step_backward)(const StepArgs&, const Tensor& like);
 };
 
 // What acts inside the loop.
@@ -72,5 +74,48 @@ StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const 
 StepBackwardResult run_step_backward(const Device& device, int64_t cell,
                                      const OutputGradients& grads, const Kept& kept,
                                      const Tensor& h, const OptionalTensor& c);
+
+// The ops as torch calls them, for one device.
+template <const Device& kDevice>
+ForwardResult layer_op(int64_t cell, Tensor x, OptionalTensor w_ih, OptionalTensor b_ih,
+                       Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0, OptionalTensor c0,
+                       bool reverse, bool save, OptionalTensor control, OptionalTensor rows,
+                       OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
+  return run_layer(kDevice, cell, {x, w_ih, b_ih, w_hh, b_hh, h0, c0}, reverse, save,
+                   {control, rows, w_hr, h_mask, keep});
+}
+
+template <const Device& kDevice>
+BackwardResult layer_backward_op(int64_t cell, int64_t wanted, OptionalTensor dh, OptionalTensor dc,
+                                 OptionalTensor dh_n, OptionalTensor dc_n, Tensor h, Tensor c,
+                                 Tensor saved, Tensor x, OptionalTensor w_ih, Tensor w_hh,
+                                 OptionalTensor h0, OptionalTensor c0, bool reverse,
+                                 OptionalTensor control, OptionalTensor rows, OptionalTensor w_hr,
+                                 OptionalTensor h_mask, OptionalTensor keep) {
+  return run_layer_backward(kDevice, cell, wanted, {dh, dc, dh_n, dc_n}, {h, c, saved},
+                            {x, w_ih, std::nullopt, w_hh, std::nullopt, h0, c0}, reverse,
+                            {control, rows, w_hr, h_mask, keep});
+}
+
+template <const Device& kDevice>
+StepResult step_op(int64_t cell, Tensor gx, Tensor gh, Tensor h, OptionalTensor c, bool save) {
+  return run_step(kDevice, cell, gx, gh, h, c, save);
+}
+
+template <const Device& kDevice>
+StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTensor dc1, Tensor h1,
+                                    Tensor c1, Tensor saved, Tensor h, OptionalTensor c) {
+  return run_step_backward(kDevice, cell, {dh1, dc1, std::nullopt, std::nullopt}, {h1, c1, saved},
+                           h, c);
+}
+
+// Registers all for the dispatch key of `library`.
+template <const Device& kDevice, class Library>
+void implement_ops(Library& library) {
+  library.impl("layer", TORCH_BOX(&layer_op<kDevice>));
+  library.impl("layer_backward", TORCH_BOX(&layer_backward_op<kDevice>));
+  library.impl("step", TORCH_BOX(&step_op<kDevice>));
+  library.impl("step_backward", TORCH_BOX(&step_backward_op<kDevice>));
+}
 
 }  // namespace fused_rnn

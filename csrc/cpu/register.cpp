@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../ops.h"
+#include "../schemas.h"
 #include "isa.h"
 #include "kernels.h"
 
@@ -93,11 +94,11 @@ void run(const Loop<Args>& loop, const Args& args) {
   loop.run(args, schedule, memory.data);
 }
 
-void forward(const ForwardArgs& args, ScalarType io) {
-  run(best_kernels(scalar_of(io)).forward[args.cell], args);
+void forward(const ForwardArgs& args, const Tensor& like) {
+  run(best_kernels(scalar_of(like.scalar_type())).forward[args.cell], args);
 }
-void backward(const BackwardArgs& args, ScalarType io) {
-  run(best_kernels(scalar_of(io)).backward[args.cell], args);
+void backward(const BackwardArgs& args, const Tensor& like) {
+  run(best_kernels(scalar_of(like.scalar_type())).backward[args.cell], args);
 }
 
 void run_rows(StepFunction step, const StepArgs& args) {
@@ -107,43 +108,14 @@ void run_rows(StepFunction step, const StepArgs& args) {
                               [&](int64_t begin, int64_t end) { step(args, begin, end); });
 }
 
-void step(const StepArgs& args, ScalarType io) {
-  run_rows(best_kernels(scalar_of(io)).step[args.cell], args);
+void step(const StepArgs& args, const Tensor& like) {
+  run_rows(best_kernels(scalar_of(like.scalar_type())).step[args.cell], args);
 }
-void step_backward(const StepArgs& args, ScalarType io) {
-  run_rows(best_kernels(scalar_of(io)).step_backward[args.cell], args);
+void step_backward(const StepArgs& args, const Tensor& like) {
+  run_rows(best_kernels(scalar_of(like.scalar_type())).step_backward[args.cell], args);
 }
 
 constexpr Device kCpu = {forward, backward, step, step_backward};
-
-ForwardResult layer_op(int64_t cell, Tensor x, OptionalTensor w_ih, OptionalTensor b_ih,
-                       Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0, OptionalTensor c0,
-                       bool reverse, bool save, OptionalTensor control, OptionalTensor rows,
-                       OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
-  return run_layer(kCpu, cell, {x, w_ih, b_ih, w_hh, b_hh, h0, c0}, reverse, save,
-                   {control, rows, w_hr, h_mask, keep});
-}
-
-BackwardResult layer_backward_op(int64_t cell, int64_t wanted, OptionalTensor dh, OptionalTensor dc,
-                                 OptionalTensor dh_n, OptionalTensor dc_n, Tensor h, Tensor c,
-                                 Tensor saved, Tensor x, OptionalTensor w_ih, Tensor w_hh,
-                                 OptionalTensor h0, OptionalTensor c0, bool reverse,
-                                 OptionalTensor control, OptionalTensor rows, OptionalTensor w_hr,
-                                 OptionalTensor h_mask, OptionalTensor keep) {
-  return run_layer_backward(kCpu, cell, wanted, {dh, dc, dh_n, dc_n}, {h, c, saved},
-                            {x, w_ih, std::nullopt, w_hh, std::nullopt, h0, c0}, reverse,
-                            {control, rows, w_hr, h_mask, keep});
-}
-
-StepResult step_op(int64_t cell, Tensor gx, Tensor gh, Tensor h, OptionalTensor c, bool save) {
-  return run_step(kCpu, cell, gx, gh, h, c, save);
-}
-
-StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTensor dc1, Tensor h1,
-                                    Tensor c1, Tensor saved, Tensor h, OptionalTensor c) {
-  return run_step_backward(kCpu, cell, {dh1, dc1, std::nullopt, std::nullopt}, {h1, c1, saved}, h,
-                           c);
-}
 
 }  // namespace
 }  // namespace fused_rnn
@@ -155,9 +127,8 @@ void fused_rnn_cell(int cell, int scalar, int64_t N, int64_t I, int64_t H, const
       .cell[cell]({N, I, H, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1});
 }
 
+STABLE_TORCH_LIBRARY(fused_rnn, library) { fused_rnn::define_ops(library); }
+
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) {
-  library.impl("layer", TORCH_BOX(&fused_rnn::layer_op));
-  library.impl("layer_backward", TORCH_BOX(&fused_rnn::layer_backward_op));
-  library.impl("step", TORCH_BOX(&fused_rnn::step_op));
-  library.impl("step_backward", TORCH_BOX(&fused_rnn::step_backward_op));
+  fused_rnn::implement_ops<fused_rnn::kCpu>(library);
 }

@@ -1,0 +1,89 @@
+// What every CUDA algorithm reads of a layer: dtypes, where the rows of a step stand, and what the
+// host code of a loop needs from its machine.
+#pragma once
+
+#include "../cells.h"
+#include "../layer.h"
+#include "cuda/primitives.cuh"
+
+namespace fused_rnn::cuda {
+
+// Gates, states and sums of the half types are float.
+template <class T>
+struct Arithmetic {
+  using type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using type = double;
+};
+template <class T>
+using arithmetic_t = typename Arithmetic<T>::type;
+
+// Widened at load, rounded at store.
+template <class T>
+FUSED_RNN_DEVICE arithmetic_t<T> read(const T* base, int64_t at) {
+  if constexpr (sizeof(T) == 2)
+    return to_float(load(base + at));
+  else
+    return load(base + at);
+}
+template <class T>
+FUSED_RNN_DEVICE void write(T* base, int64_t at, arithmetic_t<T> x) {
+  if constexpr (sizeof(T) == 2)
+    store(base + at, from_float<T>(x));
+  else
+    store(base + at, x);
+}
+
+// Host code of a loop runs over a Machine, which has memory, products and launches:
+//   machine.memory<T>(count)                      scratch until the call is over, not cleared
+//   machine.multiply(sizes, a, b, out)            out = a b
+//   machine.launch(kernel, units, rows, argument) kernel(argument), see Place
+//
+// A product: out [m, n] = a b, all dense and row-major; a is [m, k], or [k, m] where it is
+// transposed, b is [k, n], or [n, k]. Operands have the dtype of the tensors, sums are made in the
+// arithmetic type.
+struct Sizes {
+  int64_t m, n, k;
+  bool a_transposed = false, b_transposed = false;
+};
+
+// Where the rows of one step stand.
+struct StepRows {
+  const uint8_t* control;  // [N], or null
+  const int32_t* rows;     // [N], or null
+  int64_t first;           // without rows, the first row; the others follow
+
+  FUSED_RNN_DEVICE uint8_t bits(int64_t n) const {
+    return control ? load(control + n) : uint8_t(0);
+  }
+  // Of x, h, c and saved; -1 where the step has none.
+  FUSED_RNN_DEVICE int64_t index(int64_t n) const { return rows ? load(rows + n) : first + n; }
+  FUSED_RNN_DEVICE bool holds(int64_t n) const { return (bits(n) & kHold) || index(n) < 0; }
+  FUSED_RNN_DEVICE bool clears(int64_t n) const { return (bits(n) & kClear) && !holds(n); }
+  // Whether a gradient reaches the state before.
+  FUSED_RNN_DEVICE bool passes(int64_t n) const {
+    return !holds(n) && !(bits(n) & (kClear | kCut));
+  }
+};
+
+// The step'th step in the order in which forward runs.
+inline StepRows step_rows(const Layer& a, int64_t step) {
+  const int64_t t = a.reverse ? a.T - 1 - step : step;
+  return {a.control ? a.control + t * a.N : nullptr, a.rows ? a.rows + t * a.N : nullptr, t * a.N};
+}
+
+inline constexpr int kThreads = 128;
+
+// Of a pointwise kernel: a block owns kThreads units of one row and of every stride'th row after
+// it, a thread one of these units.
+struct Place {
+  int64_t unit, first_row, stride;
+  FUSED_RNN_DEVICE Place()
+      : unit(int64_t(block_index().x) * kThreads + thread_index().x),
+        first_row(block_index().y),
+        stride(grid_size().y) {}
+};
+
+}  // namespace fused_rnn::cuda

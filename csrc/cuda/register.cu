@@ -1,0 +1,116 @@
+// The CUDA implementation of the ops: torch's memory and stream, and cuBLAS on torch's own handle,
+// whose stream, workspace and math mode torch has set. Nothing here waits for the device.
+#define USE_CUDA  // the shims that exist in torch's CUDA builds
+
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+
+#include <limits>
+#include <vector>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cuda/device.cuh"
+
+namespace fused_rnn::cuda {
+namespace {
+
+// cuBLAS' C interface, as far as it is used. The library comes with torch; its headers need not
+// be there to build.
+namespace cublas {
+enum Operation : int { kPlain = 0, kTransposed = 1 };
+enum Type : int { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 14 };
+enum Compute : int { kCompute32 = 68, kCompute64 = 70 };
+constexpr int kDefaultAlgorithm = -1;
+using Gemm = int (*)(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha,
+                     const void* a, int a_type, int lda, const void* b, int b_type, int ldb,
+                     const void* beta, void* c, int c_type, int ldc, int compute, int algorithm);
+
+Gemm find_gemm() {
+  // Found through libtorch, which this library needs and which brings cuBLAS.
+  static const Gemm gemm = reinterpret_cast<Gemm>(dlsym(RTLD_DEFAULT, "cublasGemmEx"));
+  STD_TORCH_CHECK(gemm, "fused_rnn: this torch comes without cuBLAS (cublasGemmEx was not found)");
+  return gemm;
+}
+
+template <class T>
+constexpr Type type_of() {
+  if (sizeof(T) == 8) return kDouble;
+  if (sizeof(T) == 4) return kFloat;
+  return std::is_same_v<T, bf16> ? kBFloat16 : kHalf;
+}
+}  // namespace cublas
+
+void check(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, "fused_rnn: ", what, ": ", cudaGetErrorString(error));
+}
+
+class CudaMachine {
+  const Tensor& like_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+  void* blas_ = nullptr;
+  std::vector<Tensor> memory_;  // torch frees it in the order of the stream
+
+ public:
+  explicit CudaMachine(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  template <class T>
+  T* memory(int64_t count) {
+    memory_.push_back(
+        torch::stable::new_empty(like_, {count * int64_t(sizeof(T))}, ScalarType::Byte));
+    return static_cast<T*>(memory_.back().mutable_data_ptr());
+  }
+
+  template <class Kernel, class... Args>
+  void launch(Kernel* kernel, int64_t units, int64_t rows, const Args&... args) {
+    if (units == 0 || rows == 0) return;
+    constexpr int64_t kMostRows = 65535;  // of a grid in y
+    const dim3 grid(unsigned((units + kThreads - 1) / kThreads),
+                    unsigned(rows < kMostRows ? rows : kMostRows));
+    kernel<<<grid, kThreads, 0, stream_>>>(args...);
+    check(cudaGetLastError(), "a kernel was not launched");
+  }
+
+  template <class T, class Out>
+  void multiply(Sizes s, const T* a, const T* b, Out* out) {
+    if (s.m == 0 || s.n == 0) return;
+    constexpr int64_t kMost = std::numeric_limits<int>::max();
+    STD_TORCH_CHECK(s.m <= kMost && s.n <= kMost && s.k <= kMost, "fused_rnn: a product of sizes ",
+                    s.m, ", ", s.n, ", ", s.k, " is beyond cuBLAS; make T or N smaller");
+    using A = arithmetic_t<T>;
+    const A one = 1, zero = 0;
+    const int m = int(s.m), n = int(s.n), k = int(s.k);
+    // cuBLAS counts columns first, and so reads every matrix as its transpose: out' = b' a'.
+    const int status = cublas::find_gemm()(
+        handle(), s.b_transposed ? cublas::kTransposed : cublas::kPlain,
+        s.a_transposed ? cublas::kTransposed : cublas::kPlain, n, m, k, &one, b,
+        cublas::type_of<T>(), s.b_transposed ? k : n, a, cublas::type_of<T>(),
+        s.a_transposed ? m : k, &zero, out, cublas::type_of<Out>(), n,
+        sizeof(T) == 8 ? cublas::kCompute64 : cublas::kCompute32, cublas::kDefaultAlgorithm);
+    STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to a product of sizes ",
+                    s.m, ", ", s.n, ", ", s.k);
+  }
+
+ private:
+  void* handle() {
+    if (!blas_) STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas_));
+    return blas_;
+  }
+};
+
+}  // namespace
+}  // namespace fused_rnn::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, library) {
+  fused_rnn::implement_ops<fused_rnn::cuda::Ops<fused_rnn::cuda::CudaMachine>::kDevice>(library);
+}

@@ -1,0 +1,189 @@
+// stepwise, forward: one matrix product and one pointwise kernel a step. It runs every size, dtype
+// and option on every architecture; what keeps weights on chip falls back to it. Threads share
+// nothing, so nothing waits.
+#pragma once
+
+#include "layer.cuh"
+
+namespace fused_rnn::cuda {
+
+// Rows whose input products are made at a time: enough for a product to run at full speed, few
+// enough that they do not double the memory of a long sequence.
+inline constexpr int64_t kInputRows = 8192;
+
+template <class T>
+struct ForwardStep {
+  using A = arithmetic_t<T>;
+  StepRows now, next;
+  bool last;
+  int64_t N, H, R;
+  const A* gx;  // products of the input from row gx_first on, or null: x is the product
+  int64_t gx_first;
+  const T* x;
+  const A* gh;  // [N, G*H]
+  const T *b_ih, *b_hh;
+  T *h, *c, *saved;  // c, saved: or null
+  A *h_n, *c_n;      // the carried states
+  T* operand;        // [N, R] what the next step's product reads
+  T* unprojected;    // [N, H], or null without a projection
+  const A* projected;
+};
+
+// The visible output of a row, its carried state and the operand of the next step's product.
+template <class T>
+FUSED_RNN_DEVICE void place_state(const ForwardStep<T>& a, int64_t n, int64_t r,
+                                  arithmetic_t<T> state) {
+  const int64_t index = a.now.index(n), at = n * a.R + r;
+  const bool holds = a.now.holds(n);
+  if (holds)
+    state = read(a.h_n, at);
+  else
+    write(a.h_n, at, state);
+  if (index >= 0) write(a.h, index * a.R + r, holds ? arithmetic_t<T>(0) : state);
+  if (!a.last) write(a.operand, at, a.next.clears(n) ? arithmetic_t<T>(0) : state);
+}
+
+template <class Cell, class T>
+FUSED_RNN_DEVICE void forward_unit(const ForwardStep<T>& a, int64_t n, int64_t unit) {
+  using A = arithmetic_t<T>;
+  constexpr int G = Cell::kGates;
+  const int64_t index = a.now.index(n);
+  if (a.now.holds(n)) {
+    if (index >= 0 && a.c) write(a.c, index * a.H + unit, A(0));
+    if (index >= 0 && a.saved)
+      for (int i = 0; i < Cell::kSaved; ++i)
+        write(a.saved, (index * Cell::kSaved + i) * a.H + unit, A(0));
+    if (!a.unprojected) place_state(a, n, unit, A(0));
+    return;
+  }
+  A gx[G], gh[G], s[Cell::kStates], s1[Cell::kStates], saved[4];
+  for (int g = 0; g < G; ++g) {
+    const int64_t gate = g * a.H + unit;
+    gx[g] = a.gx ? read(a.gx, (index - a.gx_first) * G * a.H + gate)
+                 : read(a.x, index * G * a.H + gate);
+    gh[g] = read(a.gh, n * G * a.H + gate);
+    if (a.b_ih) gx[g] += read(a.b_ih, gate);
+    if (a.b_hh) gh[g] += read(a.b_hh, gate);
+  }
+  const bool clears = a.now.clears(n);
+  const int64_t at = n * a.H + unit;
+  if constexpr (Cell::kHiddenIsElementwise) s[0] = clears ? A(0) : read(a.h_n, at);
+  if constexpr (Cell::kStates == 2) s[1] = clears ? A(0) : read(a.c_n, at);
+
+  Cell::forward(gx, gh, s, s1, saved);
+
+  if constexpr (Cell::kStates == 2) {
+    write(a.c_n, at, s1[1]);
+    if (a.c) write(a.c, index * a.H + unit, s1[1]);
+  }
+  if (a.saved)
+    for (int i = 0; i < Cell::kSaved; ++i)
+      write(a.saved, (index * Cell::kSaved + i) * a.H + unit, saved[i]);
+  if (a.unprojected)
+    write(a.unprojected, at, s1[0]);
+  else
+    place_state(a, n, unit, s1[0]);
+}
+
+template <class Cell, class T>
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1) forward_step(ForwardStep<T> a) {
+  const Place place;
+  if (place.unit >= a.H) return;
+  for (int64_t n = place.first_row; n < a.N; n += place.stride)
+    forward_unit<Cell>(a, n, place.unit);
+}
+
+template <class T>
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1) place_projected(ForwardStep<T> a) {
+  const Place place;
+  if (place.unit >= a.R) return;
+  for (int64_t n = place.first_row; n < a.N; n += place.stride)
+    place_state(a, n, place.unit, read(a.projected, n * a.R + place.unit));
+}
+
+template <class T>
+struct Start {
+  using A = arithmetic_t<T>;
+  StepRows first;
+  int64_t N, width;
+  const A* initial;  // or null: zero
+  A* carried;
+  T* operand;  // or null
+};
+
+// A carried state before the first step, and what that step's product reads.
+template <class T>
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1) start_state(Start<T> a) {
+  using A = arithmetic_t<T>;
+  const Place place;
+  if (place.unit >= a.width) return;
+  for (int64_t n = place.first_row; n < a.N; n += place.stride) {
+    const int64_t at = n * a.width + place.unit;
+    const A state = a.initial ? read(a.initial, at) : A(0);
+    write(a.carried, at, state);
+    if (a.operand) write(a.operand, at, a.first.clears(n) ? A(0) : state);
+  }
+}
+
+template <class Cell, class T, class Machine>
+void forward(const ForwardArgs& a, Machine& machine) {
+  using A = arithmetic_t<T>;
+  constexpr int64_t G = Cell::kGates;
+  const int64_t gates = G * a.H;
+  // With rows, a step's rows may lie anywhere among all.
+  const int64_t input_steps = a.rows ? a.T : (kInputRows + a.N - 1) / a.N;
+  const int64_t chunk = input_steps < a.T ? input_steps : a.T;
+  const int64_t input_rows = a.rows ? a.M : chunk * a.N;
+
+  ForwardStep<T> step{};
+  step.N = a.N;
+  step.H = a.H;
+  step.R = a.R;
+  step.x = static_cast<const T*>(a.x);
+  step.b_ih = static_cast<const T*>(a.b_ih);
+  step.b_hh = static_cast<const T*>(a.b_hh);
+  step.h = static_cast<T*>(a.h);
+  step.c = static_cast<T*>(a.c);
+  step.saved = static_cast<T*>(a.saved);
+  step.h_n = static_cast<A*>(a.h_n);
+  step.c_n = static_cast<A*>(a.c_n);
+  A* const gx = a.w_ih ? machine.template memory<A>(input_rows * gates) : nullptr;
+  A* const gh = machine.template memory<A>(a.N * gates);
+  step.gx = gx;
+  step.gh = gh;
+  step.operand = machine.template memory<T>(a.N * a.R);
+  A* const projected = a.w_hr ? machine.template memory<A>(a.N * a.R) : nullptr;
+  step.unprojected = a.w_hr ? machine.template memory<T>(a.N * a.H) : nullptr;
+  step.projected = projected;
+
+  if (a.T == 0) step.operand = nullptr;  // there is no first step to read it
+  const StepRows first = step_rows(a, 0);
+  machine.launch(start_state<T>, a.R, a.N,
+                 Start<T>{first, a.N, a.R, static_cast<const A*>(a.h0), step.h_n, step.operand});
+  if constexpr (Cell::kStates == 2)
+    machine.launch(start_state<T>, a.H, a.N,
+                   Start<T>{first, a.N, a.H, static_cast<const A*>(a.c0), step.c_n, nullptr});
+
+  for (int64_t i = 0; i < a.T; ++i) {
+    if (a.w_ih && i % chunk == 0) {
+      const int64_t steps = a.T - i < chunk ? a.T - i : chunk;
+      const int64_t rows = a.rows ? a.M : steps * a.N;
+      step.gx_first = a.rows ? 0 : (a.reverse ? a.T - i - steps : i) * a.N;
+      machine.multiply({rows, gates, a.I, false, true}, step.x + step.gx_first * a.I,
+                       static_cast<const T*>(a.w_ih), gx);
+    }
+    machine.multiply({a.N, gates, a.R, false, true}, static_cast<const T*>(step.operand),
+                     static_cast<const T*>(a.w_hh), gh);
+    step.now = step_rows(a, i);
+    step.last = i + 1 == a.T;
+    step.next = step_rows(a, step.last ? i : i + 1);
+    machine.launch(forward_step<Cell, T>, a.H, a.N, step);
+    if (a.w_hr) {
+      machine.multiply({a.N, a.R, a.H, false, true}, static_cast<const T*>(step.unprojected),
+                       static_cast<const T*>(a.w_hr), projected);
+      machine.launch(place_projected<T>, a.R, a.N, step);
+    }
+  }
+}
+
+}  // namespace fused_rnn::cuda

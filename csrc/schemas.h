@@ -1,0 +1,36 @@
+// The schema of every op; docs/architecture.md says what each argument means.
+#pragma once
+
+namespace fused_rnn {
+
+inline constexpr const char* kLayerSchema =
+    "layer(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, Tensor? h0, "
+    "Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, Tensor? w_hr, "
+    "Tensor? h_mask, Tensor? keep) "
+    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)";
+
+inline constexpr const char* kLayerBackwardSchema =
+    "layer_backward(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
+    "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
+    "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
+    "Tensor? keep) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dw_hh, Tensor db_hh, "
+    "Tensor dh0, Tensor dc0, Tensor dw_hr)";
+
+inline constexpr const char* kStepSchema =
+    "step(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
+    "-> (Tensor h1, Tensor c1, Tensor saved)";
+
+inline constexpr const char* kStepBackwardSchema =
+    "step_backward(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
+    "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)";
+
+// Defines all in a library of torch's.
+template <class Library>
+void define_ops(Library& library) {
+  library.def(kLayerSchema);
+  library.def(kLayerBackwardSchema);
+  library.def(kStepSchema);
+  library.def(kStepBackwardSchema);
+}
+
+}  // namespace fused_rnn
