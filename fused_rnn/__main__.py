@@ -37,7 +37,6 @@ def main() -> None:
             (f"backend {name}", backend.available() or "available")
             for name, backend in BACKENDS.items()
         ),
-        ("backend cuda", "this version has no CUDA library yet"),
     ]
     width = max(len(name) for name, _ in lines)
     for name, text in lines:

@@ -12,19 +12,25 @@ from torch import Tensor
 from .cells import CELLS, carry_dtype
 
 _LIBRARY = Path(__file__).with_name("libfused_rnn_cpu.so")
+_CUDA_LIBRARY = _LIBRARY.with_name("libfused_rnn_cuda.so")
 
 
-def _load() -> str | None:
-    if not _LIBRARY.exists():
-        return (
-            f"{_LIBRARY.name} is not in this installation; install fused_rnn with a C++ compiler "
-            "at hand and without FUSED_RNN_PURE_PYTHON"
-        )
+def _load(library: Path, cure: str) -> str | None:
+    if not library.exists():
+        return f"{library.name} is not in this installation; {cure}"
     try:
-        torch.ops.load_library(str(_LIBRARY))
+        torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{_LIBRARY.name} does not load with torch {torch.__version__}: {error}"
+        return f"{library.name} does not load with torch {torch.__version__}: {error}"
     return None
+
+
+def _load_cuda() -> str | None:
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    return UNAVAILABLE or _load(
+        _CUDA_LIBRARY, "install fused_rnn with nvcc at hand, or with FORCE_CUDA=1"
+    )
 
 
 def _no_small_step(*operands: object) -> bool:
@@ -45,7 +51,11 @@ def _connect() -> Callable[..., bool]:
 
 
 # Why the native ops cannot be used, or None.
-UNAVAILABLE = _load()
+UNAVAILABLE = _load(
+    _LIBRARY,
+    "install fused_rnn with a C++ compiler at hand and without FUSED_RNN_PURE_PYTHON",
+)
+CUDA_UNAVAILABLE = _load_cuda()
 small_step = _connect()
 
 

@@ -16,7 +16,9 @@ import fused_rnn
 from fused_rnn.backends import BACKENDS
 from fused_rnn.cells import CELLS
 
-BACKEND_NAMES = (*BACKENDS, "auto")
+# The CPU's tensors run on these.
+RUN_HERE = tuple(name for name in BACKENDS if name != "cuda")
+BACKEND_NAMES = (*RUN_HERE, "auto")
 # One of each module: where the nonlinearity cannot matter.
 MODULE_KINDS = tuple(kind for kind in CELLS if kind != "rnn_relu")
 

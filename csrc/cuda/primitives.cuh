@@ -44,9 +44,7 @@ FUSED_RNN_DEVICE Index3 thread_index() {
 FUSED_RNN_DEVICE Index3 block_index() {
   return {int(blockIdx.x), int(blockIdx.y), int(blockIdx.z)};
 }
-FUSED_RNN_DEVICE Index3 block_size() {
-  return {int(blockDim.x), int(blockDim.y), int(blockDim.z)};
-}
+FUSED_RNN_DEVICE Index3 block_size() { return {int(blockDim.x), int(blockDim.y), int(blockDim.z)}; }
 FUSED_RNN_DEVICE Index3 grid_size() { return {int(gridDim.x), int(gridDim.y), int(gridDim.z)}; }
 // Of a block with one dimension: its threads fill warps in the order of x.
 FUSED_RNN_DEVICE int lane() { return int(threadIdx.x % 32); }
@@ -222,33 +220,33 @@ FUSED_RNN_DEVICE float approximate_tanh(float x) {
 namespace detail {
 
 // "r" for 32 bits, "l" for 64: the constraint is part of the text, so each width has its own.
-#define FUSED_RNN_WORD(Word, bits, constraint)                                                 \
-  FUSED_RNN_DEVICE Word word_load_relaxed(const Word* p) {                                     \
-    Word value;                                                                                \
-    asm volatile("ld.relaxed.gpu.b" #bits " %0, [%1];" : "=" constraint(value) : "l"(p));      \
-    return value;                                                                              \
-  }                                                                                            \
-  FUSED_RNN_DEVICE Word word_load_acquire(const Word* p) {                                     \
-    Word value;                                                                                \
-    asm volatile("ld.acquire.gpu.b" #bits " %0, [%1];"                                         \
-                 : "=" constraint(value)                                                       \
-                 : "l"(p)                                                                      \
-                 : "memory");                                                                  \
-    return value;                                                                              \
-  }                                                                                            \
-  FUSED_RNN_DEVICE void word_store_relaxed(Word* p, Word value) {                              \
-    asm volatile("st.relaxed.gpu.b" #bits " [%0], %1;" ::"l"(p), constraint(value));           \
-  }                                                                                            \
-  FUSED_RNN_DEVICE void word_store_release(Word* p, Word value) {                              \
+#define FUSED_RNN_WORD(Word, bits, constraint)                                                  \
+  FUSED_RNN_DEVICE Word word_load_relaxed(const Word* p) {                                      \
+    Word value;                                                                                 \
+    asm volatile("ld.relaxed.gpu.b" #bits " %0, [%1];" : "=" constraint(value) : "l"(p));       \
+    return value;                                                                               \
+  }                                                                                             \
+  FUSED_RNN_DEVICE Word word_load_acquire(const Word* p) {                                      \
+    Word value;                                                                                 \
+    asm volatile("ld.acquire.gpu.b" #bits " %0, [%1];"                                          \
+                 : "=" constraint(value)                                                        \
+                 : "l"(p)                                                                       \
+                 : "memory");                                                                   \
+    return value;                                                                               \
+  }                                                                                             \
+  FUSED_RNN_DEVICE void word_store_relaxed(Word* p, Word value) {                               \
+    asm volatile("st.relaxed.gpu.b" #bits " [%0], %1;" ::"l"(p), constraint(value));            \
+  }                                                                                             \
+  FUSED_RNN_DEVICE void word_store_release(Word* p, Word value) {                               \
     asm volatile("st.release.gpu.b" #bits " [%0], %1;" ::"l"(p), constraint(value) : "memory"); \
-  }                                                                                            \
-  FUSED_RNN_DEVICE Word word_add_release(Word* p, Word value) {                                \
-    Word old;                                                                                  \
-    asm volatile("atom.add.release.gpu.u" #bits " %0, [%1], %2;"                               \
-                 : "=" constraint(old)                                                         \
-                 : "l"(p), constraint(value)                                                   \
-                 : "memory");                                                                  \
-    return old;                                                                                \
+  }                                                                                             \
+  FUSED_RNN_DEVICE Word word_add_release(Word* p, Word value) {                                 \
+    Word old;                                                                                   \
+    asm volatile("atom.add.release.gpu.u" #bits " %0, [%1], %2;"                                \
+                 : "=" constraint(old)                                                          \
+                 : "l"(p), constraint(value)                                                    \
+                 : "memory");                                                                   \
+    return old;                                                                                 \
   }
 FUSED_RNN_WORD(uint32_t, 32, "r")
 FUSED_RNN_WORD(uint64_t, 64, "l")

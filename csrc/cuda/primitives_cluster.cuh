@@ -10,10 +10,10 @@ template <int kBytes>
 FUSED_RNN_DEVICE void copy_async(void* shared, const void* global, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async moves 4, 8 or 16 bytes");
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
-                   detail::shared_address(shared)),
-               "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(valid)
-               : "memory");
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(detail::shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(valid)
+      : "memory");
 #else
   unsupported("copy_async needs sm_80");
 #endif
@@ -205,15 +205,15 @@ FUSED_RNN_DEVICE void store_async(T* shared, T value, Mbarrier* barrier, int ran
   const uint32_t to = detail::cluster_address(shared, rank);
   const uint32_t at = detail::cluster_address(barrier, rank);
   if constexpr (sizeof(T) == 4) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                     to),
-                 "r"(detail::bit_cast<unsigned>(value)), "r"(at)
-                 : "memory");
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
+        "r"(detail::bit_cast<unsigned>(value)), "r"(at)
+        : "memory");
   } else if constexpr (sizeof(T) == 8) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(
-                     to),
-                 "l"(detail::bit_cast<uint64_t>(value)), "r"(at)
-                 : "memory");
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(to),
+        "l"(detail::bit_cast<uint64_t>(value)), "r"(at)
+        : "memory");
   } else {
     const uint4 bits = detail::bit_cast<uint4>(value);
     asm volatile(

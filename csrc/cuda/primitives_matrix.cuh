@@ -49,25 +49,25 @@ FUSED_RNN_DEVICE void load_matrix(uint32_t (&r)[kCount], const void* row) {
   }
 }
 
-// d += a b on a warp's fragments, fp32 accumulators. T: bf16 or fp16 for m16n8k16, tf32 for m16n8k8.
+// d += a b on a warp's fragments, fp32 accumulators. T: bf16 or fp16 for m16n8k16, tf32 for
+// m16n8k8.
 template <class T>
 FUSED_RNN_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
 #if __CUDA_ARCH__ >= 800
-#define FUSED_RNN_MMA(T, shape_and_types)                                                  \
-  template <>                                                                              \
-  FUSED_RNN_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4],                      \
-                               const uint32_t (&b)[2]) {                                   \
-    asm volatile("mma.sync.aligned." shape_and_types                                       \
-                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                          \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));      \
+#define FUSED_RNN_MMA(T, shape_and_types)                                                       \
+  template <>                                                                                   \
+  FUSED_RNN_DEVICE void mma<T>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { \
+    asm volatile("mma.sync.aligned." shape_and_types                                            \
+                 " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"             \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));           \
   }
 #else
-#define FUSED_RNN_MMA(T, shape_and_types)                                                  \
-  template <>                                                                              \
+#define FUSED_RNN_MMA(T, shape_and_types)                                                    \
+  template <>                                                                                \
   FUSED_RNN_DEVICE void mma<T>(float (&)[4], const uint32_t (&)[4], const uint32_t (&)[2]) { \
-    unsupported("mma needs sm_80");                                                        \
+    unsupported("mma needs sm_80");                                                          \
   }
 #endif
 FUSED_RNN_MMA(bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")

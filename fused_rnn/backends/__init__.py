@@ -23,7 +23,7 @@ from torch import float32
 from torch.backends import mkldnn
 from typing_extensions import Self
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from . import torch as torch_nn
 
 
@@ -62,7 +62,9 @@ class Problem(NamedTuple):
 
 
 # In the order in which they are asked and explained.
-BACKENDS: dict[str, ModuleType] = {backend.NAME: backend for backend in (cpu, torch_nn, reference)}
+BACKENDS: dict[str, ModuleType] = {
+    backend.NAME: backend for backend in (cpu, cuda, torch_nn, reference)
+}
 
 
 class _Choice(threading.local):
@@ -81,7 +83,7 @@ class use_backend:  # noqa: N801
     explicit ``backend=`` keeps its own.
 
     Args:
-        name: ``"cpu"``, ``"torch"``, ``"reference"`` or ``"auto"``.
+        name: ``"cpu"``, ``"cuda"``, ``"torch"``, ``"reference"`` or ``"auto"``.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -126,7 +128,10 @@ def faster_than_torch(problem: Problem) -> bool:
     dispatcher, but only without a gradient and where the work is small. oneDNN ran an LSTM's
     forward without gradients in 0.8 to 0.95 of our time from 32 rows on, up to some 384 hidden
     units. Elsewhere ours is chosen; the rows in ``benchmarks/results`` show where that is close.
+    On CUDA nothing of ours is measured yet.
     """
+    if problem.device != "cpu":
+        return False
     if problem.T == 0:
         return cpu.is_small(problem)
     onednn = (
@@ -156,13 +161,16 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
         return backend, "asked for"
     if problem.transformed:
         return reference, "a transform has to see each operation"
-    if refusal(cpu, problem) is None:
+    native = cuda if problem.device == "cuda" else cpu
+    if refusal(native, problem) is None:
         if (
             problem.compiling
             or faster_than_torch(problem)
             or refusal(torch_nn, problem) is not None
         ):
-            return cpu, "the time loop in one native call"
+            return native, "the time loop in one native call"
+        if native is cuda:
+            return torch_nn, "ours is not measured on this device yet; ask for it by name"
         return torch_nn, "measured faster than our loop at this size"
     if not problem.compiling and refusal(torch_nn, problem) is None:
         return torch_nn, "the native loop cannot run this, torch.nn can"

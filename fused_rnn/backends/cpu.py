@@ -34,6 +34,11 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on the CPU, and the input is on {problem.device}"
+    return cannot_compute(problem)
+
+
+def cannot_compute(problem: Problem) -> str | None:
+    """What no native loop does, on whatever device."""
     if problem.dtype not in _DTYPES:
         return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
     if problem.transformed:

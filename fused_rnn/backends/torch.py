@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import _VF, Tensor
+import torch
+from torch import _VF, Tensor, cuda
+from torch.backends import cudnn as backends_cudnn
 
 from ..cells import Cell
+from . import cudnn
 
 if TYPE_CHECKING:
     from . import Problem
 
 NAME = "torch"
 
+_CUDNN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STEPS: dict[str, Any] = {
     "rnn_tanh": _VF.rnn_tanh_cell,
     "rnn_relu": _VF.rnn_relu_cell,
@@ -39,7 +43,18 @@ def supports(problem: Problem) -> str | None:
 
 
 def explain(problem: Problem) -> str:
-    return "torch.nn's kernel for the whole stack" if problem.T else "torch.nn's cell"
+    if problem.T == 0:
+        return "torch.nn's cell"
+    if problem.device == "cuda" and cuda.is_available() and cudnn_can_run(problem):
+        device = cuda.get_device_properties()
+        found = cudnn.algorithm(problem, (device.major, device.minor), device.multi_processor_count)
+        return f"cuDNN for the whole stack, forward by its algorithm {found} in torch's rule"
+    return "torch.nn's kernel for the whole stack"
+
+
+def cudnn_can_run(problem: Problem) -> bool:
+    """Whether torch.nn goes to cuDNN, which it does wherever it may."""
+    return backends_cudnn.is_available() and backends_cudnn.enabled and problem.dtype in _CUDNN
 
 
 def stack(
