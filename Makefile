@@ -6,7 +6,7 @@ CPP_SOURCES = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op
 
-.PHONY: help bench test full sanitize lint format build compiled clean
+.PHONY: help bench test full sanitize cuda lint format build compiled clean
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
@@ -26,6 +26,10 @@ sanitize: .venv/installed  ## run the op tests on a build with the address and U
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	$(BIN)/pytest --durations=20 $(SANITIZED_TESTS) $(PYTEST)
+
+cuda: .venv/installed  ## compile the CUDA library for every architecture; needs nvcc, no GPU
+	FORCE_CUDA=1 $(BIN)/python setup.py -q build --build-lib build/cuda
+	$(BIN)/python csrc/check_cuda.py build/release-*/cuda.register.o.log docs/kernels.md
 
 lint: .venv/installed  ## ruff, mypy, clang-format: what pre-commit and CI run
 	$(BIN)/ruff check

@@ -1,0 +1,96 @@
+"""check_cuda.py LOG [PAGE]: what ptxas said of the kernels; a spill fails.
+
+ptxas prints, for every kernel and architecture, the registers that a thread has, and what did not
+fit into them. A spilled register costs a trip to memory in every step of a loop, so none is
+accepted. With PAGE, docs/kernels.md, the table is written there.
+"""
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'")
+STACK = re.compile(
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes"
+)
+USED = re.compile(r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?")
+# _ZN9fused_rnn4cuda12forward_stepI...: the name after its length.
+KERNEL = re.compile(r"_ZN9fused_rnn4cuda(?P<length>\d+)(?P<rest>\w+)")
+
+HEAD = """# Kernels
+
+What ptxas gives each kernel: the most registers a thread and the most shared memory a block (bytes)
+of all its instances (cells and dtypes), for each architecture. No kernel spills; the build fails if
+one does. Written by `make cuda`. Times: not yet measured.
+
+"""
+
+
+class Kernel(NamedTuple):
+    name: str
+    arch: str
+    registers: int
+    shared: int
+    spilled: int
+
+
+def read(log: str) -> list[Kernel]:
+    kernels = []
+    # What is said of a kernel stands between its name and the next one's.
+    parts = ENTRY.split(log)
+    for symbol, arch, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        stack, used, name = STACK.search(text), USED.search(text), KERNEL.match(symbol)
+        if stack is None or used is None or name is None:
+            raise SystemExit(f"check_cuda.py: ptxas says nothing it knows of {symbol}")
+        kernels.append(
+            Kernel(
+                name["rest"][: int(name["length"])],
+                arch,
+                int(used["registers"]),
+                int(used["shared"] or 0),
+                int(stack["stores"]) + int(stack["loads"]) + int(stack["stack"]),
+            )
+        )
+    return kernels
+
+
+def table(kernels: list[Kernel]) -> str:
+    archs = sorted(
+        {kernel.arch for kernel in kernels}, key=lambda arch: int(re.sub(r"\D", "", arch))
+    )
+    most: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for kernel in kernels:
+        cell = most[kernel.name, kernel.arch]
+        cell[0] += 1
+        cell[1] = max(cell[1], kernel.registers)
+        cell[2] = max(cell[2], kernel.shared)
+    lines = [
+        "| kernel | instances | " + " | ".join(f"sm_{arch}" for arch in archs) + " |",
+        "|---|---:|" + "---:|" * len(archs),
+    ]
+    for name in sorted({kernel.name for kernel in kernels}):
+        found = [most[name, arch] for arch in archs]
+        cells = " | ".join(f"{registers}, {shared}" for _, registers, shared in found)
+        lines.append(f"| `{name}` | {found[0][0]} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(log: Path, page: Path | None = None) -> None:
+    kernels = read(log.read_text())
+    spilled = [kernel for kernel in kernels if kernel.spilled]
+    for kernel in spilled:
+        print(
+            f"{kernel.name} for sm_{kernel.arch} keeps {kernel.spilled} bytes in local memory",
+            file=sys.stderr,
+        )
+    if spilled or not kernels:
+        raise SystemExit(f"check_cuda.py: {len(spilled)} of {len(kernels)} kernels spill")
+    print(f"{len(kernels)} kernels, none spills")
+    if page:
+        page.write_text(HEAD + table(kernels))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
