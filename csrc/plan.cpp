@@ -294,8 +294,9 @@ Plan Planner::lay_out(const Cut& cut) const {
 }
 
 std::string Planner::misfit(const Plan& plan) const {
-  const std::string size =
-      std::to_string(plan.team) + " CTAs hold " + kilobytes(plan.weight_bytes) + " of W_hh each";
+  const std::string size = std::to_string(plan.team) +
+                           (plan.team == 1 ? " CTA holds " : " CTAs each hold ") +
+                           kilobytes(plan.weight_bytes) + " of W_hh";
   if (plan.shared_bytes > std::min(device.shared_per_block, device.shared_per_sm))
     return size + ": beside registers that takes " + kilobytes(plan.shared_bytes) +
            " of shared memory, and a CTA has " + kilobytes(device.shared_per_block);
@@ -316,7 +317,8 @@ void Planner::consider(const Cut& cut, Plan* best, Plan* nearest) const {
 
 std::string Planner::verdict(const Plan& best, const Plan& nearest) const {
   if (best.ctas) return "";
-  return nearest.ctas ? "it does not fit: " + misfit(nearest) : "no cluster can be active";
+  return nearest.ctas ? "it does not fit: " + misfit(nearest)
+                      : "no cluster fits the device and has a unit for each of its CTAs";
 }
 
 std::string Planner::cluster(Plan* best) const {

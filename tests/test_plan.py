@@ -37,7 +37,7 @@ def total_us(p: Plan, T: int = 512) -> float:
     return p.setup_us + T * p.us_per_step
 
 
-def check_covers(p: Plan, cell: str, arithmetic: str, N: int, H: int) -> None:
+def check_covers(p: Plan, cell: str, arithmetic: str, N: int, H: int, backward: bool) -> None:
     """Every row of the batch and every unit belongs to one CTA of one team, and none is idle."""
     bounds = p.unit_bounds
     assert len(bounds) == p.team + 1
@@ -49,6 +49,11 @@ def check_covers(p: Plan, cell: str, arithmetic: str, N: int, H: int) -> None:
     assert (p.tiles - 1) * p.batch_tile < N <= p.tiles * p.batch_tile
     assert p.teams <= p.tiles <= p.teams * p.waves
     assert p.weight_bytes >= p.rows * H * BYTES[arithmetic]
+    # Beside weights a CTA has at least its product's input and the carried states.
+    summed = p.rows if backward and CELLS[cell].gates > 1 else H
+    states = CELLS[cell].states * p.units * 4
+    room = p.shared_bytes - p.shared_weight_bytes
+    assert room >= p.batch_tile * (summed * BYTES[arithmetic] + states)
 
 
 def check_fits(p: Plan, device: Device) -> None:
@@ -95,7 +100,7 @@ def test_every_plan_covers_the_problem_and_fits_the_device(device, cell, backwar
             context = f"{p}\nregisters={p.registers} bounds={p.unit_bounds}"
             if p.algorithm != "stepwise":
                 try:
-                    check_covers(p, cell, arithmetic, N, H)
+                    check_covers(p, cell, arithmetic, N, H, backward)
                     check_fits(p, device)
                 except AssertionError as error:
                     raise AssertionError(f"{error}\n{context}") from error
@@ -121,7 +126,28 @@ def test_a_cluster_of_16_holds_an_lstm_of_the_design_sizes(H, kb, in_registers):
     assert (p.team, p.units, p.rows) == (16, H // 16, H // 4)
     assert p.weight_bytes == 8 * H * H // 16 == kb * 1024
     assert p.register_bytes == in_registers * 1024
+    assert p.registers == 64 + in_registers  # 1 KB is a register of each of 256 threads
     assert p.shared_weight_bytes == (kb - in_registers) * 1024
+
+
+@pytest.mark.parametrize(
+    ("backward", "parts"),
+    [
+        # h of two steps, c and h in fp32, gx of two steps, one of two sums over K.
+        (False, [2 * 8 * 512 * 2, 2 * 8 * 32 * 4, 2 * 8 * 128 * 2, 128 * 8 * 4]),
+        # Own gate gradients, partial sums of 16 CTAs for two steps, dc and dh in fp32, and for two
+        # steps dh, four gates, c and the c before.
+        (True, [8 * 128 * 2, 2 * 16 * 8 * 32 * 4, 2 * 8 * 32 * 4, 2 * 7 * 8 * 32 * 2]),
+    ],
+    ids=["forward", "backward"],
+)
+def test_shared_memory_holds_what_a_step_needs(backward, parts):
+    only_16 = dataclasses.replace(H100, clusters=(0, 0, 0, 0, 7))
+    p = plan_all(
+        "lstm", "bf16", 512, 8, 512, device=only_16, algorithm="cluster", backward=backward
+    )
+    assert (p.batch_tile, p.units, p.shared_weight_bytes) == (8, 32, 0)
+    assert p.shared_bytes == sum(parts) + 1024
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -133,7 +159,7 @@ def test_without_clusters_of_16_smaller_ones_or_none(cell, H):
     if "cluster" not in p.refusals:
         assert plan_all(cell, "bf16", 512, 8, H, device=no_16, algorithm="cluster").team <= 8
     if cell == "lstm" and H == 768:
-        assert "8 CTAs hold 576 KB" in p.refusals["cluster"]
+        assert "8 CTAs each hold 576 KB" in p.refusals["cluster"]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -251,13 +277,27 @@ def test_arguments_that_make_no_sense_are_refused(changed, words):
         ({"registers_per_block": 8192}, "no room for a CTA"),
         ({"threads_per_block": 128}, "no room for a CTA"),
         ({"shared_per_block": 4096}, "does not fit"),
-        ({"clusters": (0, 0, 0, 0, 0)}, "no cluster can be active"),
+        ({"clusters": (0, 0, 0, 0, 0)}, "no cluster fits the device"),
     ],
     ids=str,
 )
 def test_a_device_without_room_gets_no_persistent_plan(changed, words):
     device = dataclasses.replace(H100, **changed)
     assert words in plan_all("lstm", "bf16", 512, 8, 512, device=device).refusals["cluster"]
+
+
+def test_no_cta_of_a_cluster_is_without_a_unit():
+    only_16 = dataclasses.replace(H100, clusters=(0, 0, 0, 0, 7))
+    words = plan_all("lstm", "bf16", 512, 8, 120, device=only_16).refusals["cluster"]
+    assert "no cluster fits the device and has a unit for each of its CTAs" in words
+    p = plan_all("lstm", "bf16", 512, 8, 121, device=only_16, algorithm="cluster")
+    assert (p.team, p.units, p.unit_bounds[-2:]) == (16, 8, (120, 121))
+
+
+def test_before_sm_90_a_cluster_is_one_cta():
+    device = dataclasses.replace(H100, capability=80)
+    assert plan_all("lstm", "bf16", 512, 8, 128, device=device, algorithm="cluster").team == 1
+    assert "1 CTA holds" in plan_all("lstm", "bf16", 512, 8, 512, device=device).refusals["cluster"]
 
 
 def test_fewer_registers_move_weights_to_shared_memory():
@@ -320,7 +360,7 @@ def test_the_explanation_names_algorithm_limit_and_reason():
 def test_the_explanation_says_why_an_algorithm_is_out():
     text = str(plan("lstm", torch.bfloat16, 1024, 16, 1024, device=H100, backward=True))
     assert "lstm backward" in text
-    assert "cluster   it does not fit: 16 CTAs hold 512 KB of W_hh each" in text
+    assert "cluster   it does not fit: 16 CTAs each hold 512 KB of W_hh" in text
     text = str(plan("lstm", torch.float64, 1024, 16, 1024, 256, device=H100))
     assert "H=1024 P=256" in text
     assert "nothing else can run this" in text
