@@ -223,9 +223,14 @@ def write_ninja(path: Path) -> None:
             variables={"flags": " ".join(library_flags)},
         )
         built_with = shlex.quote(f'-DFUSED_RNN_FLAGS="{" ".join(flags)}"')
-        module = compile_source(
-            "python.cpp", "python.o", f"{torch_headers} {python_headers}", built_with
-        )
+        # torch's headers include a pybind11. A module made of two versions of it links, and then
+        # loses exceptions: every source that uses it takes the same folders in the same order.
+        headers = f"{torch_headers} {python_headers}"
+        module = [
+            compile_source("python.cpp", "python.o", headers, built_with),
+            compile_source("plan_binding.cpp", "plan_binding.o", headers),
+            compile_source("plan.cpp", "plan.o", ""),
+        ]
         n.build("_C.so", "link", module, variables={"flags": " ".join(module_flags)})
         if wants_cuda():
             write_cuda(n, torch, others[0])

@@ -1,6 +1,6 @@
 // fused_rnn._C: what is not a tensor op. It tells how the package was built and what this
-// processor offers, and calls the one kernel that is too short for the dispatcher; the ops are in
-// libfused_rnn_cpu.so, which knows nothing of Python.
+// processor offers, plans CUDA launches (plan.h), and calls the one kernel that is too short for
+// the dispatcher; the ops are in libfused_rnn_cpu.so, which knows nothing of Python.
 
 // DLPack's own header, a C standard with a version of its own, refuses to be read beside torch's
 // stable ABI only because torch keeps it in a folder that is not stable.
@@ -17,6 +17,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "plan_binding.h"
 
 namespace {
 
@@ -163,4 +164,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "instruction_set", [] { return fused_rnn::best_isa().name; },
       "The instruction set whose kernels run in this process.");
+  fused_rnn::bind_plan(m);
 }

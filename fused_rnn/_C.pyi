@@ -1,4 +1,4 @@
-from typing import TypedDict
+from typing import Any, TypedDict
 
 class BuildInfo(TypedDict):
     compiler: str
@@ -6,6 +6,13 @@ class BuildInfo(TypedDict):
     instruction_sets: list[str]
     torch: str
     cuda: bool
+
+class Choice(TypedDict):
+    plans: dict[str, dict[str, Any]]
+    refusals: dict[str, str]
+    runs: str
+    fastest: str
+    why: str
 
 def build_info() -> BuildInfo: ...
 def cpu_features() -> dict[str, bool]: ...
@@ -23,3 +30,18 @@ def small_step(
     h1: object,
     c1: object,
 ) -> bool: ...
+def plan(
+    *,
+    device: dict[str, Any],
+    cell: str,
+    arithmetic: str,
+    T: int,
+    N: int,
+    H: int,
+    P: int,
+    backward: bool,
+    h_mask: bool,
+    keep: bool,
+    algorithm: str,
+    built_only: bool,
+) -> Choice: ...

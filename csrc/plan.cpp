@@ -1,0 +1,419 @@
+#include "plan.h"
+
+#include <stdio.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+#include "layer.h"
+
+namespace fused_rnn {
+
+namespace {
+
+// ---- Constants of the cost model. None was measured by this project yet; "published" names the
+// ---- source, "assumed" has none. Cycles are an H100's and are taken for the others as well.
+
+// Published: 32 banks of 4 bytes (CUDA C++ Programming Guide).
+constexpr double kSharedBytesPerCycle = 128;
+// Published: a store to a cluster peer's shared memory, H800 (arXiv 2402.13499, 2501.12084).
+constexpr double kPeerCycles = 180;
+// Published: what an SM moves to or from its peers, 13 to 16 there (same papers).
+constexpr double kPeerBytesPerCycle = 14;
+// Published: an L2 hit costs 258 cycles near and 414 far (same papers). A word is written near and
+// read far, and a poll that just missed it reads again; the average wait is left out.
+constexpr double kL2Cycles = 258 + 414;
+// Published: what an SM reads from L2, about (same papers).
+constexpr double kL2BytesPerCycle = 30;
+// Published: mma.sync m16n8k16, from one to the next that adds to it; the share of the tensor
+// cores' peak that mma.sync reaches on Hopper (same papers).
+constexpr double kMmaCycles = 24, kMmaShare = 0.63;
+// Assumed: gates, two block barriers, sums over the parts of K, the address arithmetic of a step.
+constexpr double kPointwiseCycles = 250;
+// Published: from the end of a kernel to the start of the next in a CUDA graph, 1.24 to 1.40 us on
+// an H100 (one unreviewed repository).
+constexpr double kKernelUs = 1.3;
+
+// Assumed: predictions nearer than this are a tie, which the simpler launch wins: clusters wait for
+// nobody outside, the grid needs all of its CTAs at once beside whatever else runs.
+constexpr double kTie = 0.9;
+
+// ---- Limits of the kernels' own making.
+
+constexpr int64_t kThreads = 256, kWarps = kThreads / 32;
+// The instruction encoding's limit is 255 a thread. A forward compiled for sm_90a with all of a
+// CTA's W_hh in registers used 34 besides them; backward and wider tiles need more.
+constexpr int64_t kMostRegisters = 255, kWorkingRegisters = 64;
+// A thread's part of an m16 x k16 tile of half types, or of m16 x k8 of TF32.
+constexpr int64_t kFragmentRegisters = 4;
+// mma's M; rows of the batch are its N, of which a warp keeps two tiles of 8 at a time.
+constexpr int64_t kM = 16, kColumns = 16;
+// mbarriers, lengths, alignment.
+constexpr int64_t kSharedRest = 1024;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+std::string number(double x, const char* unit) {
+  char text[64];
+  snprintf(text, sizeof text, x < 10 ? "%.2f %s" : "%.0f %s", x, unit);
+  return text;
+}
+std::string kilobytes(double bytes) { return number(bytes / 1024, "KB"); }
+
+// Multiply-adds a cycle of one SM: published peak rates (data sheets) / (2 * SMs * clock).
+double multiply_adds(Arithmetic arithmetic, int capability) {
+  const bool blackwell = capability / 10 == 10;
+  const bool accelerator = capability == 80 || capability == 90 || blackwell;
+  if (arithmetic == Arithmetic::kFp64) return accelerator ? 64 : 2;
+  // Of these three, Turing's tensor cores know fp16 alone.
+  const bool tensor =
+      capability >= 80 ? arithmetic != Arithmetic::kFp32 : arithmetic == Arithmetic::kFp16;
+  if (!tensor) return capability <= 80 ? 64 : 128;
+  const double half = blackwell          ? 4096
+                      : capability == 90 ? 2048
+                      : capability == 80 ? 1024
+                      : capability == 75 ? 512
+                                         : 256;
+  return arithmetic == Arithmetic::kTf32 ? half / 2 : half;
+}
+
+struct Planner {
+  const PlanProblem& problem;
+  const Device& device;
+  const CellShape& cell = kCellShapes[problem.cell];
+  const int64_t bytes = kArithmetics[int(problem.arithmetic)].bytes;
+  const int64_t R = problem.P ? problem.P : problem.H;
+  const double us = 1e-3 / device.clock_ghz;  // of a cycle
+
+  int64_t registers_of_thread() const {
+    const int64_t of_cta = std::min(device.registers_per_block, device.registers_per_sm);
+    return std::min(kMostRegisters, of_cta / kThreads);
+  }
+  double fma_per_cycle() const { return multiply_adds(problem.arithmetic, device.capability); }
+
+  Plan stepwise() const;
+  std::string cannot_persist(int capability, bool exact) const;
+  std::string cluster(Plan* best) const;
+  std::string grid(Plan* best) const;
+
+ private:
+  // One way to cut the problem up: `team` CTAs hold W_hh, `active` teams fit the device.
+  struct Cut {
+    Algorithm algorithm;
+    int64_t team, granule, batch_tile, active;
+  };
+  // W_hh's part on a CTA as a matrix of M by K: it sums over K. Forward it is the CTA's gates by
+  // all of h. Backward with one gate it is the CTA's units by all gate gradients; with more gates
+  // those would be the most to exchange, so a CTA multiplies its own gate gradients and partial
+  // sums of dh travel instead.
+  struct Product {
+    int64_t M, K;
+    bool reduces;
+  };
+
+  Plan lay_out(const Cut& cut) const;
+  Product product(int64_t units) const;
+  void split_k(const Product& part, Plan* plan) const;
+  void place_weights(Plan* plan) const;
+  void place_rest(const Cut& cut, const Product& part, Plan* plan) const;
+  void predict(const Cut& cut, const Product& part, Plan* plan) const;
+  double exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const;
+  double product_cycles(const Product& part, int64_t k_split, int64_t columns) const;
+  std::string misfit(const Plan& plan) const;
+  void consider(const Cut& cut, Plan* best, Plan* nearest) const;
+  std::string verdict(const Plan& best, const Plan& nearest) const;
+};
+
+Plan Planner::stepwise() const {
+  Plan plan;
+  plan.batch_tile = problem.N;
+  plan.tiles = problem.N > 0;
+  plan.units = problem.H;
+  plan.rows = cell.gates * problem.H;
+  plan.unit_bounds = {0, problem.H};
+  const int64_t projection = problem.P * problem.H;
+  plan.weight_bytes = (plan.rows * R + projection) * bytes;
+  const double from_l2 = plan.weight_bytes / (kL2BytesPerCycle * device.sms) * us;
+  const double from_dram = plan.weight_bytes / (device.dram_gb_s * 1e3);
+  const bool cached = plan.weight_bytes <= device.l2_bytes;
+  const double multiply =
+      double(plan.rows * R + projection) * problem.N / (fma_per_cycle() * device.sms) * us;
+  const int kernels = problem.P ? 3 : 2;
+  plan.costs = {
+      {std::to_string(kernels) + " kernels a step", kernels * kKernelUs},
+      {kilobytes(plan.weight_bytes) + " of weights read from " + (cached ? "L2" : "DRAM"),
+       cached ? from_l2 : from_dram},
+      {"multiplication", multiply},
+  };
+  // A GEMM reads while it multiplies.
+  plan.us_per_step = plan.costs[0].us + std::max(plan.costs[1].us, multiply);
+  return plan;
+}
+
+// Why no kernel that keeps W_hh on the chip runs this, whatever its size.
+std::string Planner::cannot_persist(int capability, bool exact) const {
+  if (device.capability < capability)
+    return "it needs sm_" + std::to_string(capability) + ", and this is sm_" +
+           std::to_string(device.capability);
+  if (device.threads_per_block < kThreads || registers_of_thread() < kWorkingRegisters)
+    return "the device has no room for a CTA of 256 threads";
+  if (problem.arithmetic == Arithmetic::kFp64) return "it does not compute in fp64";
+  if (problem.arithmetic == Arithmetic::kFp32 && !exact)
+    return "it multiplies on tensor cores, which have no exact fp32; TF32 is not allowed here";
+  if (problem.P) return "it has no projection (proj_size)";
+  if (problem.h_mask) return "it has no recurrent dropout (h_mask)";
+  if (problem.keep) return "it has no zoneout (keep)";
+  if (problem.T == 0 || problem.N == 0) return "there is no step to run";
+  return "";
+}
+
+Planner::Product Planner::product(int64_t units) const {
+  const int64_t G = cell.gates, H = problem.H;
+  if (!problem.backward) return {G * units, R, false};
+  if (G == 1) return {units, G * H, false};
+  return {R, G * units, true};
+}
+
+double Planner::product_cycles(const Product& part, int64_t k_split, int64_t columns) const {
+  if (problem.arithmetic == Arithmetic::kFp32)
+    return double(part.M * part.K * columns) / fma_per_cycle();
+  const int64_t k = 32 / bytes;  // mma's K: 16 halves or 8 TF32 are 32 bytes
+  const double chain = kMmaCycles * ceil_div(part.K, k * k_split) * ceil_div(columns, kColumns);
+  const double tiles = double(ceil_div(part.M, kM)) * ceil_div(part.K, k) * ceil_div(columns, 8);
+  return std::max(chain, tiles * kM * 8 * k / (fma_per_cycle() * kMmaShare));
+}
+
+// Each warp has its rows and its part of K. More parts of K shorten the chain of dependent mma's;
+// fewer mean fewer sums to exchange afterwards.
+void Planner::split_k(const Product& part, Plan* plan) const {
+  const int64_t m_tiles = ceil_div(part.M, kM), k_tiles = ceil_div(part.K, 32 / bytes);
+  const auto cycles = [&](int64_t k) { return product_cycles(part, k, plan->batch_tile); };
+  int64_t& k = plan->k_split;
+  while (k < kWarps && 2 * k <= k_tiles && (kWarps / k > m_tiles || cycles(2 * k) < cycles(k)))
+    k *= 2;
+}
+
+// Registers first: reading weights from shared memory takes a cycle for 128 bytes, each step.
+void Planner::place_weights(Plan* plan) const {
+  const int64_t room =
+      (registers_of_thread() - kWorkingRegisters) / kFragmentRegisters * kFragmentRegisters;
+  const int64_t wanted = round_up(ceil_div(plan->weight_bytes, 4 * kThreads), kFragmentRegisters);
+  const int64_t held = std::min(room, wanted);
+  plan->threads = kThreads;
+  plan->registers = kWorkingRegisters + held;
+  plan->register_bytes = std::min(plan->weight_bytes, held * 4 * kThreads);
+  plan->shared_weight_bytes = plan->weight_bytes - plan->register_bytes;
+}
+
+void Planner::place_rest(const Cut& cut, const Product& part, Plan* plan) const {
+  const int64_t tile = cut.batch_tile, K = round_up(part.K, 32 / bytes);
+  const bool peers_write = cut.algorithm == Algorithm::kCluster && cut.team > 1;
+  // The product's input, h or gate gradients. Peers write the next step's while this one is read;
+  // what comes from L2 or from the CTA itself waits there.
+  int64_t rest = tile * K * bytes * (peers_write && !part.reduces ? 2 : 1);
+  // Partial sums of dh arrive from each peer, for two steps.
+  if (peers_write && part.reduces) rest += 2 * cut.team * tile * plan->units * 4;
+  // Carried states in fp32.
+  rest += cell.states * tile * plan->units * 4;
+  // A step's input from global memory is fetched one step ahead: gx; backward dh, saved, states.
+  const int64_t fetched = problem.backward ? 1 + cell.saved + cell.states : cell.gates;
+  rest += 2 * fetched * tile * plan->units * bytes;
+  // Sums over the parts of K: one part stays in registers.
+  rest += (plan->k_split - 1) * round_up(part.M, kM) * std::min(tile, kColumns) * 4;
+  plan->shared_bytes = plan->shared_weight_bytes + rest + kSharedRest;
+
+  if (cut.algorithm != Algorithm::kGrid) return;
+  // Two slots of words that carry their step's number.
+  const double words = exchanged_bytes(cut, part, plan->units) * tile;
+  plan->workspace_bytes = int64_t(2 * words * plan->teams * (part.reduces ? cut.team : 1));
+}
+
+// What a CTA receives for one row of the batch in one step.
+double Planner::exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const {
+  const int64_t values = part.reduces ? cut.team * units : part.K;
+  if (cut.algorithm == Algorithm::kGrid)  // 8 bytes: three halves or one fp32, and the number
+    return 8.0 * (part.reduces || bytes == 4 ? values : ceil_div(values, 3));
+  const double of_peers = double(cut.team - 1) / cut.team;
+  return of_peers * values * (part.reduces ? 4 : bytes);
+}
+
+void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
+  const bool grid = cut.algorithm == Algorithm::kGrid;
+  const int64_t tile = std::min(cut.batch_tile, problem.N);
+  const double cycle = us * plan->waves;
+  const double arrives = exchanged_bytes(cut, part, plan->units) * tile;
+  const double reads = double(plan->shared_weight_bytes) * ceil_div(tile, kColumns);
+  const double rate = grid ? kL2BytesPerCycle : kPeerBytesPerCycle;
+  const double product = product_cycles(part, plan->k_split, tile);
+  const auto add = [&](std::string what, double cycles) {
+    if (cycles > 0) plan->costs.push_back({std::move(what), cycles * cycle});
+  };
+  add(problem.arithmetic == Arithmetic::kFp32 ? "multiplication" : "tensor-core multiplication",
+      product);
+  add(kilobytes(reads) + " of weights read from shared memory at 128 B a cycle",
+      reads / kSharedBytesPerCycle);
+  add("gates and barriers", kPointwiseCycles);
+  if (cut.team > 1) {
+    add(grid ? "latency through L2" : "latency of a peer's shared memory",
+        grid ? kL2Cycles : kPeerCycles);
+    add(kilobytes(arrives) + " exchanged at " + number(rate, "B a cycle"), arrives / rate);
+  }
+  for (const Cost& cost : plan->costs) plan->us_per_step += cost.us;
+  // Weights in shared memory are read while the tensor cores work on the ones before.
+  plan->us_per_step -= std::min(product, reads / kSharedBytesPerCycle) * cycle;
+  // A cluster of a later wave loads the weights again, a group of the grid keeps them.
+  const double loads = double(plan->weight_bytes) * (grid ? 1 : plan->waves);
+  plan->setup_us = kKernelUs + loads / kL2BytesPerCycle * us;
+}
+
+Plan Planner::lay_out(const Cut& cut) const {
+  Plan plan;
+  plan.algorithm = cut.algorithm;
+  plan.team = cut.team;
+  plan.batch_tile = cut.batch_tile;
+  plan.tiles = ceil_div(problem.N, cut.batch_tile);
+  plan.teams = std::min(cut.active, plan.tiles);
+  plan.waves = ceil_div(plan.tiles, plan.teams);
+  // Clusters wait for nobody else, so later waves may start when earlier ones end; the grid's CTAs
+  // wait for each other and take their tiles in turn.
+  plan.ctas = cut.team * (cut.algorithm == Algorithm::kGrid ? plan.teams : plan.tiles);
+  for (int64_t i = 0; i <= cut.team; ++i)
+    plan.unit_bounds.push_back(unit_begin(problem.H, cut.granule, cut.team, i));
+  for (int64_t i = 0; i < cut.team; ++i)
+    plan.units = std::max(plan.units, plan.unit_bounds[i + 1] - plan.unit_bounds[i]);
+  plan.rows = cell.gates * plan.units;
+  const Product part = product(plan.units);
+  plan.weight_bytes = round_up(part.M, kM) * round_up(part.K, 32 / bytes) * bytes;
+  split_k(part, &plan);
+  place_weights(&plan);
+  place_rest(cut, part, &plan);
+  predict(cut, part, &plan);
+  return plan;
+}
+
+std::string Planner::misfit(const Plan& plan) const {
+  const std::string size = std::to_string(plan.team) +
+                           (plan.team == 1 ? " CTA holds " : " CTAs each hold ") +
+                           kilobytes(plan.weight_bytes) + " of W_hh";
+  if (plan.shared_bytes > std::min(device.shared_per_block, device.shared_per_sm))
+    return size + ": beside registers that takes " + kilobytes(plan.shared_bytes) +
+           " of shared memory, and a CTA has " + kilobytes(device.shared_per_block);
+  if (plan.workspace_bytes > device.l2_bytes)
+    return size + ": what they exchange takes " + kilobytes(plan.workspace_bytes) +
+           ", more than L2's " + kilobytes(device.l2_bytes);
+  return "";
+}
+
+void Planner::consider(const Cut& cut, Plan* best, Plan* nearest) const {
+  const Plan plan = lay_out(cut);
+  if (!misfit(plan).empty()) {
+    if (nearest->ctas == 0 || plan.shared_bytes < nearest->shared_bytes) *nearest = plan;
+  } else if (best->ctas == 0 || plan.total_us(problem.T) < best->total_us(problem.T)) {
+    *best = plan;
+  }
+}
+
+std::string Planner::verdict(const Plan& best, const Plan& nearest) const {
+  if (best.ctas) return "";
+  return nearest.ctas ? "it does not fit: " + misfit(nearest)
+                      : "no cluster fits the device and has a unit for each of its CTAs";
+}
+
+std::string Planner::cluster(Plan* best) const {
+  const std::string reason = cannot_persist(80, false);
+  if (!reason.empty()) return reason;
+  // New h goes to the peers in messages of 16 bytes: 8 units of half types, 4 of TF32.
+  const int64_t granule = 16 / bytes;
+  Plan nearest;
+  for (int i = 0; i < (device.capability >= 90 ? kClusterSizes : 1); ++i) {
+    const int64_t team = int64_t(1) << i;
+    if (device.clusters[i] < 1 || ceil_div(problem.H, granule) < team) continue;
+    for (int64_t tile = 8; tile <= 64 && (tile == 8 || tile / 2 < problem.N); tile *= 2)
+      consider({Algorithm::kCluster, team, granule, tile, device.clusters[i]}, best, &nearest);
+  }
+  return verdict(*best, nearest);
+}
+
+std::string Planner::grid(Plan* best) const {
+  const std::string reason = cannot_persist(80, true);
+  if (!reason.empty()) return reason;
+  Plan nearest;
+  for (int64_t groups = 1; groups <= device.sms; groups *= 2) {
+    const int64_t units = ceil_div(problem.H, device.sms / groups);
+    const int64_t team = ceil_div(problem.H, units);  // no CTA without a unit
+    for (int64_t tile = 8; tile <= 128 && (tile == 8 || tile / 2 < problem.N); tile *= 2)
+      if (groups <= ceil_div(problem.N, tile))
+        consider({Algorithm::kGrid, team, 1, tile, groups}, best, &nearest);
+  }
+  return verdict(*best, nearest);
+}
+
+void check(const PlanProblem& problem, const Device& device) {
+  const auto need = [](bool holds, const char* sentence) {
+    if (!holds) throw std::invalid_argument(sentence);
+  };
+  need(problem.cell >= 0 && problem.cell < kCellCount, "there is no cell of that number");
+  need(problem.T >= 0 && problem.N >= 0, "T and N must not be negative");
+  need(problem.H > 0 && problem.H <= 1 << 24, "H must be from 1 to 2^24");
+  need(problem.P >= 0 && problem.P < problem.H, "P must be from 0 (no projection) to H - 1");
+  need(problem.P == 0 || problem.cell == kLstm, "only the LSTM has a projection");
+  need(device.capability >= 75, "CUDA devices before sm_75 are not supported");
+  need(device.sms > 0 && device.clock_ghz > 0 && device.dram_gb_s > 0,
+       "a device needs at least one SM, a clock and a memory bandwidth");
+}
+
+}  // namespace
+
+const Cost& Plan::limit() const {
+  return *std::max_element(costs.begin(), costs.end(),
+                           [](const Cost& a, const Cost& b) { return a.us < b.us; });
+}
+
+Choice make_plan(const PlanProblem& problem, const Device& device, const std::string& algorithm,
+                 bool built_only) {
+  check(problem, device);
+  const Planner planner{problem, device};
+  Choice choice;
+  choice.plans[0] = planner.stepwise();
+  choice.refusals[1] = planner.cluster(&choice.plans[1]);
+  choice.refusals[2] = planner.grid(&choice.plans[2]);
+
+  const auto total = [&](int i) { return choice.plans[i].total_us(problem.T); };
+  int runs = 0, fastest = 0, least = 0;
+  for (int i = 1; i < 3; ++i) {
+    if (!choice.refusals[i].empty()) continue;
+    if (total(i) < total(least)) least = i;
+    if (total(i) < kTie * total(fastest)) fastest = i;
+    if ((kAlgorithms[i].built || !built_only) && total(i) < kTie * total(runs)) runs = i;
+  }
+
+  if (algorithm != "auto") {
+    for (runs = 0; runs < 3 && algorithm != kAlgorithms[runs].name;) ++runs;
+    if (runs == 3)
+      throw std::invalid_argument("unknown algorithm '" + algorithm +
+                                  "': expected 'auto', 'stepwise', 'cluster' or 'grid'");
+    const bool built = kAlgorithms[runs].built || !built_only;
+    const std::string reason =
+        choice.refusals[runs].empty() && !built ? "it is not built yet" : choice.refusals[runs];
+    if (!reason.empty())
+      throw std::runtime_error("algorithm '" + algorithm + "' cannot run this: " + reason);
+    choice.why = "asked for";
+  } else if (runs != fastest) {
+    choice.why = std::string(kAlgorithms[fastest].name) + " is predicted to be faster, " +
+                 number(choice.plans[fastest].us_per_step, "µs") + " a step, but is not built yet";
+  } else if (runs == 0 && !choice.refusals[1].empty() && !choice.refusals[2].empty()) {
+    choice.why = "nothing else can run this";
+  } else if (runs != least) {
+    choice.why = std::string("as fast as ") + kAlgorithms[least].name +
+                 " to within what can be predicted, and simpler to launch";
+  } else {
+    choice.why = "predicted to be the fastest";
+  }
+  choice.runs = Algorithm(runs);
+  choice.fastest = Algorithm(fastest);
+  return choice;
+}
+
+}  // namespace fused_rnn

@@ -1,0 +1,367 @@
+"""The CUDA plan fits every device, covers every problem, and says why; no GPU is needed."""
+
+import dataclasses
+import itertools
+
+import numerics
+import pytest
+import torch
+
+from fused_rnn.cells import CELLS
+from fused_rnn.plan import ALGORITHMS, KNOWN_DEVICES, Device, Plan, plan
+
+pytest.importorskip("fused_rnn._C", reason="needs the native module")
+
+H100 = KNOWN_DEVICES["H100 SXM"]
+CLUSTER_SIZES = (1, 2, 4, 8, 16)
+# (dtype, tf32): what the product is computed in.
+ARITHMETICS = {
+    "fp64": (torch.float64, False),
+    "fp32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+}
+SIZES = (1, 25, 31, 60, 64, 128, 235, 256, 400, 512, 768, 1024, 1150, 2048, 2560, 4096)
+BATCHES = (1, 8, 16, 19, 64, 128, 256, 1024)
+BYTES = {"fp64": 8, "fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2}
+
+
+def plan_all(cell: str, arithmetic: str, T: int, N: int, H: int, **options) -> Plan:
+    """A plan as if every algorithm was built."""
+    dtype, tf32 = ARITHMETICS[arithmetic]
+    return plan(cell, dtype, T, N, H, tf32=tf32, built_only=False, **options)
+
+
+def total_us(p: Plan, T: int = 512) -> float:
+    return p.setup_us + T * p.us_per_step
+
+
+def check_covers(p: Plan, cell: str, arithmetic: str, N: int, H: int, backward: bool) -> None:
+    """Every row of the batch and every unit belongs to one CTA of one team, and none is idle."""
+    bounds = p.unit_bounds
+    assert len(bounds) == p.team + 1
+    assert (bounds[0], bounds[-1]) == (0, H)
+    owned = [end - begin for begin, end in itertools.pairwise(bounds)]
+    assert min(owned) >= 1
+    assert max(owned) == p.units
+    assert p.rows == CELLS[cell].gates * p.units
+    assert (p.tiles - 1) * p.batch_tile < N <= p.tiles * p.batch_tile
+    assert p.teams <= p.tiles <= p.teams * p.waves
+    assert p.weight_bytes >= p.rows * H * BYTES[arithmetic]
+    # Beside weights a CTA has at least its product's input and the carried states.
+    summed = p.rows if backward and CELLS[cell].gates > 1 else H
+    states = CELLS[cell].states * p.units * 4
+    room = p.shared_bytes - p.shared_weight_bytes
+    assert room >= p.batch_tile * (summed * BYTES[arithmetic] + states)
+
+
+def check_fits(p: Plan, device: Device) -> None:
+    """A CTA has room, and whoever waits for each other is there at the same time."""
+    assert p.weight_bytes == p.register_bytes + p.shared_weight_bytes
+    assert 32 <= p.threads <= device.threads_per_block
+    assert p.registers <= 255
+    assert p.threads * p.registers <= min(device.registers_per_block, device.registers_per_sm)
+    assert p.register_bytes <= 4 * p.threads * (p.registers - 64)  # 64 to work with
+    assert p.shared_weight_bytes < p.shared_bytes <= device.shared_per_block
+    assert p.workspace_bytes <= device.l2_bytes
+    if p.algorithm == "grid":
+        assert device.capability >= 80
+        assert p.ctas == p.team * p.teams <= device.sms
+        assert p.workspace_bytes > 0
+    else:
+        assert device.capability >= (90 if p.team > 1 else 80)
+        assert p.team in CLUSTER_SIZES
+        active = device.clusters[CLUSTER_SIZES.index(p.team)]
+        assert 1 <= p.teams <= active
+        assert p.ctas == p.team * p.tiles
+        assert p.workspace_bytes == 0
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=lambda device: device.name)
+def test_every_plan_covers_the_problem_and_fits_the_device(device, cell, backward):
+    seen = set()
+    for arithmetic, H, N in numerics.combinations(A=ARITHMETICS, H=SIZES, N=BATCHES):
+        dtype, tf32 = ARITHMETICS[arithmetic]
+        how = {"device": device, "backward": backward}
+        best = plan_all(cell, arithmetic, 512, N, H, **how)
+        runs = plan(cell, dtype, 512, N, H, tf32=tf32, **how)
+        assert runs.built
+        assert (runs.algorithm, runs.tiles, runs.batch_tile) == ("stepwise", 1, N)
+        assert (runs.wanted is None) == (best.algorithm == "stepwise")
+        plans = {best.algorithm: best}
+        for algorithm in ALGORITHMS:
+            if algorithm not in best.refusals:
+                p = plan_all(cell, arithmetic, 512, N, H, **how, algorithm=algorithm)
+                plans[algorithm] = p
+        for p in plans.values():
+            context = f"{p}\nregisters={p.registers} bounds={p.unit_bounds}"
+            if p.algorithm != "stepwise":
+                try:
+                    check_covers(p, cell, arithmetic, N, H, backward)
+                    check_fits(p, device)
+                except AssertionError as error:
+                    raise AssertionError(f"{error}\n{context}") from error
+            # Within 10 % the simpler launch wins.
+            assert 0.9 * total_us(best) <= total_us(p)
+            assert p.limit == max(p.costs, key=lambda cost: cost[1])[0], context
+        assert "stepwise" in plans
+        seen |= {(name, arithmetic) for name in plans}
+    if device.capability < 80:
+        assert seen == {("stepwise", arithmetic) for arithmetic in ARITHMETICS}
+    else:
+        cluster = {("cluster", arithmetic) for arithmetic in ("tf32", "bf16", "fp16")}
+        grid = {("grid", arithmetic) for arithmetic in ("fp32", "tf32", "bf16", "fp16")}
+        assert seen == cluster | grid | {("stepwise", arithmetic) for arithmetic in ARITHMETICS}
+
+
+@pytest.mark.parametrize(
+    ("H", "kb", "in_registers"), [(256, 32, 32), (512, 128, 128), (768, 288, 188)]
+)
+def test_a_cluster_of_16_holds_an_lstm_of_the_design_sizes(H, kb, in_registers):
+    only_16 = dataclasses.replace(H100, clusters=(0, 0, 0, 0, 7))
+    p = plan_all("lstm", "bf16", 512, 8, H, device=only_16, algorithm="cluster")
+    assert (p.team, p.units, p.rows) == (16, H // 16, H // 4)
+    assert p.weight_bytes == 8 * H * H // 16 == kb * 1024
+    assert p.register_bytes == in_registers * 1024
+    assert p.registers == 64 + in_registers  # 1 KB is a register of each of 256 threads
+    assert p.shared_weight_bytes == (kb - in_registers) * 1024
+
+
+@pytest.mark.parametrize(
+    ("backward", "parts"),
+    [
+        # h of two steps, c and h in fp32, gx of two steps, one of two sums over K.
+        (False, [2 * 8 * 512 * 2, 2 * 8 * 32 * 4, 2 * 8 * 128 * 2, 128 * 8 * 4]),
+        # Own gate gradients, partial sums of 16 CTAs for two steps, dc and dh in fp32, and for two
+        # steps dh, four gates, c and the c before.
+        (True, [8 * 128 * 2, 2 * 16 * 8 * 32 * 4, 2 * 8 * 32 * 4, 2 * 7 * 8 * 32 * 2]),
+    ],
+    ids=["forward", "backward"],
+)
+def test_shared_memory_holds_what_a_step_needs(backward, parts):
+    only_16 = dataclasses.replace(H100, clusters=(0, 0, 0, 0, 7))
+    p = plan_all(
+        "lstm", "bf16", 512, 8, 512, device=only_16, algorithm="cluster", backward=backward
+    )
+    assert (p.batch_tile, p.units, p.shared_weight_bytes) == (8, 32, 0)
+    assert p.shared_bytes == sum(parts) + 1024
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("H", SIZES)
+def test_without_clusters_of_16_smaller_ones_or_none(cell, H):
+    no_16 = dataclasses.replace(H100, clusters=(132, 66, 30, 15, 0))
+    p = plan_all(cell, "bf16", 512, 8, H, device=no_16)
+    assert p.algorithm != "cluster" or p.team <= 8
+    if "cluster" not in p.refusals:
+        assert plan_all(cell, "bf16", 512, 8, H, device=no_16, algorithm="cluster").team <= 8
+    if cell == "lstm" and H == 768:
+        assert "8 CTAs each hold 576 KB" in p.refusals["cluster"]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(("cell", "H"), [("lstm", 2048), ("gru", 2560), ("rnn_tanh", 4096)])
+def test_the_grid_reaches_what_no_cluster_holds(cell, H, backward):
+    p = plan_all(cell, "bf16", 512, 8, H, device=H100, backward=backward)
+    assert p.algorithm == "grid"
+    assert p.teams == 1
+    assert p.shared_weight_bytes > 0
+    assert "does not fit" in p.refusals["cluster"]
+
+
+def test_beyond_the_chip_there_is_stepwise():
+    p = plan_all("lstm", "bf16", 512, 8, 4096, device=H100)
+    assert p.algorithm == "stepwise"
+    assert set(p.refusals) == {"cluster", "grid"}
+    assert all("does not fit" in reason for reason in p.refusals.values())
+    assert p.limit == "131072 KB of weights read from DRAM"
+
+
+@pytest.mark.parametrize(
+    ("cell", "dtype", "options", "words"),
+    [
+        ("lstm", torch.float64, {}, "fp64"),
+        ("lstm", torch.bfloat16, {"P": 32}, "proj_size"),
+        ("gru", torch.bfloat16, {"options": ["h_mask"]}, "h_mask"),
+        ("gru", torch.bfloat16, {"options": ["keep"]}, "keep"),
+        ("gru", torch.bfloat16, {"device": KNOWN_DEVICES["T4"]}, "sm_80"),
+        ("gru", torch.bfloat16, {"T": 0}, "no step"),
+        ("gru", torch.bfloat16, {"N": 0}, "no step"),
+    ],
+)
+def test_what_persistent_kernels_lack_runs_stepwise(cell, dtype, options, words):
+    arguments = {"T": 512, "N": 8, "H": 64, "device": H100, "built_only": False} | options
+    p = plan(cell, dtype, **arguments)
+    assert p.algorithm == "stepwise"
+    for algorithm in ("cluster", "grid"):
+        assert words in p.refusals[algorithm]
+        with pytest.raises(RuntimeError, match=f"'{algorithm}' cannot run this: .*{words}"):
+            plan(cell, dtype, **arguments, algorithm=algorithm)
+
+
+def test_resets_and_packed_input_do_not_change_the_plan():
+    plain = plan_all("lstm", "bf16", 512, 8, 512, device=H100)
+    assert plain.algorithm != "stepwise"
+    assert plan_all("lstm", "bf16", 512, 8, 512, device=H100, options=("control", "rows")) == plain
+
+
+def test_exact_fp32_needs_the_grid_and_tf32_may_use_clusters():
+    exact = plan_all("lstm", "fp32", 512, 8, 256, device=H100)
+    assert "TF32 is not allowed" in exact.refusals["cluster"]
+    assert "grid" not in exact.refusals
+    assert plan_all("lstm", "tf32", 512, 8, 256, device=H100).refusals == {}
+
+
+def test_one_step_does_not_pay_for_loading_the_weights_onto_the_chip():
+    assert plan_all("lstm", "bf16", 1, 8, 2048, device=H100).algorithm == "stepwise"
+    assert plan_all("lstm", "bf16", 8, 8, 2048, device=H100).algorithm == "grid"
+
+
+def test_the_simpler_launch_wins_a_tie():
+    cluster = plan_all("lstm", "bf16", 512, 8, 512, device=H100)
+    grid = plan_all("lstm", "bf16", 512, 8, 512, device=H100, algorithm="grid")
+    assert 0.9 * total_us(cluster) < total_us(grid) < total_us(cluster)
+    assert cluster.algorithm == "cluster"
+    assert "as fast as grid" in cluster.why
+
+
+@pytest.mark.parametrize("algorithm", ["cluster", "grid"])
+def test_what_is_not_built_is_wanted_but_does_not_run(algorithm):
+    H = 512 if algorithm == "cluster" else 1024
+    p = plan("lstm", torch.bfloat16, 512, 8, H, device=H100)
+    assert (p.algorithm, p.built) == ("stepwise", True)
+    assert (p.wanted.algorithm, p.wanted.built) == (algorithm, False)
+    assert p.wanted.us_per_step < p.us_per_step
+    assert f"{algorithm} is predicted to be faster" in p.why
+    with pytest.raises(RuntimeError, match=f"'{algorithm}' cannot run this: it is not built yet"):
+        plan("lstm", torch.bfloat16, 512, 8, H, device=H100, algorithm=algorithm)
+    as_if_built = plan_all("lstm", "bf16", 512, 8, H, device=H100, algorithm=algorithm)
+    assert as_if_built.team == p.wanted.team
+    assert as_if_built.why == "asked for"
+
+
+def test_stepwise_can_be_asked_for():
+    p = plan_all("lstm", "bf16", 512, 8, 512, device=H100, algorithm="stepwise")
+    assert (p.algorithm, p.why, p.wanted) == ("stepwise", "asked for", None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"algorithm": "fast"}, "unknown algorithm 'fast'"),
+        ({"cell": "lstn"}, "unknown cell 'lstn'"),
+        ({"dtype": torch.int64}, "dtype is int64"),
+        ({"options": ["zoneout"]}, "unknown option 'zoneout'"),
+        ({"H": 0}, "H must be"),
+        ({"H": 2**25}, "H must be"),
+        ({"N": -1}, "must not be negative"),
+        ({"P": 64}, "P must be"),
+        ({"cell": "gru", "P": 32}, "only the LSTM"),
+        ({"device": dataclasses.replace(H100, capability=70)}, "sm_75"),
+        ({"device": dataclasses.replace(H100, sms=0)}, "at least one SM"),
+    ],
+    ids=str,
+)
+def test_arguments_that_make_no_sense_are_refused(changed, words):
+    arguments = {"cell": "lstm", "dtype": torch.bfloat16, "T": 512, "N": 8, "H": 64, "device": H100}
+    with pytest.raises(ValueError, match=words):
+        plan(**arguments | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"registers_per_block": 8192}, "no room for a CTA"),
+        ({"threads_per_block": 128}, "no room for a CTA"),
+        ({"shared_per_block": 4096}, "does not fit"),
+        ({"clusters": (0, 0, 0, 0, 0)}, "no cluster fits the device"),
+    ],
+    ids=str,
+)
+def test_a_device_without_room_gets_no_persistent_plan(changed, words):
+    device = dataclasses.replace(H100, **changed)
+    assert words in plan_all("lstm", "bf16", 512, 8, 512, device=device).refusals["cluster"]
+
+
+def test_no_cta_of_a_cluster_is_without_a_unit():
+    only_16 = dataclasses.replace(H100, clusters=(0, 0, 0, 0, 7))
+    words = plan_all("lstm", "bf16", 512, 8, 120, device=only_16).refusals["cluster"]
+    assert "no cluster fits the device and has a unit for each of its CTAs" in words
+    p = plan_all("lstm", "bf16", 512, 8, 121, device=only_16, algorithm="cluster")
+    assert (p.team, p.units, p.unit_bounds[-2:]) == (16, 8, (120, 121))
+
+
+def test_before_sm_90_a_cluster_is_one_cta():
+    device = dataclasses.replace(H100, capability=80)
+    assert plan_all("lstm", "bf16", 512, 8, 128, device=device, algorithm="cluster").team == 1
+    assert "1 CTA holds" in plan_all("lstm", "bf16", 512, 8, 512, device=device).refusals["cluster"]
+
+
+def test_fewer_registers_move_weights_to_shared_memory():
+    device = dataclasses.replace(H100, registers_per_block=32768, clusters=(0, 0, 0, 0, 7))
+    p = plan_all("lstm", "bf16", 512, 8, 512, device=device, algorithm="cluster")
+    assert p.registers == 128
+    assert p.register_bytes == 64 * 1024
+    assert p.shared_weight_bytes == 64 * 1024
+    assert "64 KB of weights read from shared memory at 128 B a cycle" in dict(p.costs)
+
+
+# µs a step, LSTM forward in bf16: latencies and bandwidths of an H100, added up by hand.
+@pytest.mark.parametrize(
+    ("H", "team", "N", "floor"),
+    [
+        (256, 8, 2, 0.37),
+        (256, 8, 8, 0.48),
+        (256, 8, 16, 0.72),
+        (512, 16, 2, 0.52),
+        (512, 16, 8, 0.74),
+        (512, 16, 16, 1.25),
+    ],
+)
+def test_the_cost_of_a_cluster_is_near_its_floor(H, team, N, floor):
+    only_one = dataclasses.replace(
+        H100, clusters=tuple(int(size == team) for size in CLUSTER_SIZES)
+    )
+    p = plan_all("lstm", "bf16", 512, N, H, device=only_one, algorithm="cluster")
+    assert p.waves == 1
+    assert p.us_per_step == pytest.approx(floor, rel=0.15)
+
+
+@pytest.mark.parametrize(("H", "floor"), [(256, 0.55), (512, 0.7), (1024, 1.1)])
+def test_the_cost_of_the_grid_is_near_its_floor(H, floor):
+    p = plan_all("lstm", "bf16", 512, 8, H, device=H100, algorithm="grid")
+    assert p.us_per_step == pytest.approx(floor, rel=0.2)
+
+
+def test_more_rows_than_clusters_run_in_waves():
+    only_16 = dataclasses.replace(H100, clusters=(0, 0, 0, 0, 7))
+    p = plan_all("lstm", "bf16", 512, 64, 512, device=only_16, algorithm="cluster")
+    assert (p.batch_tile, p.tiles, p.teams, p.waves) == (16, 4, 4, 1)
+    p = plan_all("lstm", "bf16", 512, 1024, 512, device=only_16, algorithm="cluster")
+    assert p.waves > 1
+    assert p.ctas == 16 * p.tiles
+
+
+def test_the_explanation_names_algorithm_limit_and_reason():
+    p = plan("lstm", torch.bfloat16, 1024, 16, 512, device=H100)
+    text = str(p)
+    assert "lstm forward, bf16, T=1024 N=16 H=512, on H100 SXM (sm_90): stepwise" in text
+    assert "cluster is predicted to be faster" in text
+    assert "but is not built yet" in text
+    assert "limit     2 kernels a step" in text
+    assert f"not built cluster, predicted {p.wanted.us_per_step:.2f} µs a step" in text
+    assert "2 clusters of 16 CTAs, each with 8 rows" in text
+    assert "128 rows of W_hh: 128 KB in registers, 0 KB in shared memory" in text
+
+
+def test_the_explanation_says_why_an_algorithm_is_out():
+    text = str(plan("lstm", torch.bfloat16, 1024, 16, 1024, device=H100, backward=True))
+    assert "lstm backward" in text
+    assert "cluster   it does not fit: 16 CTAs each hold 512 KB of W_hh" in text
+    text = str(plan("lstm", torch.float64, 1024, 16, 1024, 256, device=H100))
+    assert "H=1024 P=256" in text
+    assert "nothing else can run this" in text
+    assert "limit     3 kernels a step" in text
