@@ -31,8 +31,8 @@ HALF = (torch.bfloat16, torch.float16)
 FACTOR = 2
 # Where torch happens to be exact, twice its error is nothing. What remains is the rounding of the
 # result and of the operands of a gate's last formula (i, g, 1 - i, dc, ...), 1/2 each, and the
-# random walk of a weight's gradient, which is one chain of T*N products here and T short ones in
-# torch: sqrt(T*N) / 4, some 7 at T*N = 800.
+# random walk of a weight's gradient, whose chains have up to 256 products here and N in torch's
+# cells: sqrt(256) / 4, which is 4.
 ULPS = 8
 
 needs_native = pytest.mark.skipif(
