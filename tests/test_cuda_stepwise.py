@@ -73,7 +73,7 @@ def test_results_are_bit_equal_under_every_schedule(cell, layer):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_step_whose_products_are_given(cell, dtype, emulated):
-    """Bit for bit what the CPU's op gives where both compute in float64, else within rounding."""
+    """What the CPU's op gives, up to the two machines' exp and tanh and a last rounding."""
     spec, N, H = CELLS[cell], 3, 131
     gx, gh = torch.randn(2, N, spec.gates * H).to(dtype).unbind()
     h, c = torch.randn(2, N, H).to(dtype).unbind()
@@ -86,4 +86,5 @@ def test_a_step_whose_products_are_given(cell, dtype, emulated):
         gradients = ops.step_backward(spec.id, dh1, dc1, h1, c1, saved, h, c)
         results.append((h1, c1, saved, *gradients))
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs)
+        ulps = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(ours, theirs, rtol=ulps, atol=ulps)

@@ -109,7 +109,7 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<T>& a, int64_t n, int64_t
     if (index < 0) return;
     for (int g = 0; g < G; ++g) dgx[g] = dgh[g] = A(0);
   } else {
-    A ds1[Cell::kStates], ds[Cell::kStates], s[Cell::kStates], s1[Cell::kStates], saved[4];
+    A ds1[Cell::kStates], ds[Cell::kStates], s[Cell::kStates], s1[Cell::kStates] = {}, saved[4];
     const int64_t before = layer.before(a.step, n, index);
     if (a.dh_step) {
       ds1[0] = read(a.dh_projected, at);

@@ -1,0 +1,203 @@
+// The CUDA ops on the emulator, as torch ops for CPU tensors: fused_rnn_emulated::layer and the
+// others. So every test of the ops can run the kernels' own source. Products are plain loops with
+// sums in double: cuBLAS' rounding is not what is tested.
+#include <string.h>
+
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+
+#include "cuda/device.cuh"
+#include "emulator.h"
+#include "schemas.h"
+
+namespace fused_rnn::cuda {
+namespace {
+
+uint64_t seed = 0;
+
+class EmulatedMachine {
+  struct Loan {
+    void *outside, *inside;
+    size_t bytes;
+  };
+  std::vector<std::unique_ptr<emulator::Allocation>> memory_;
+  std::vector<Loan> written_;
+
+  void* take(const char* name, size_t bytes) {
+    memory_.push_back(std::make_unique<emulator::Allocation>(name, bytes));
+    return memory_.back()->data();
+  }
+
+ public:
+  // Puts a copy in place of what `pointer` points at, where the emulator sees every access.
+  template <class P>
+  void borrow(const char* name, P*& pointer, int64_t bytes) {
+    if (!pointer) return;
+    void* const inside = take(name, size_t(bytes));
+    if constexpr (std::is_const_v<P>)
+      memcpy(inside, pointer, size_t(bytes));
+    else
+      written_.push_back({pointer, inside, size_t(bytes)});
+    pointer = static_cast<P*>(inside);
+  }
+  void give_back() {
+    for (const Loan& loan : written_) memcpy(loan.outside, loan.inside, loan.bytes);
+  }
+
+  template <class T>
+  T* memory(int64_t count) {
+    return static_cast<T*>(take("memory", size_t(count) * sizeof(T)));
+  }
+
+  template <class... Parameters, class... Args>
+  void launch(void (*kernel)(Parameters...), int64_t units, int64_t rows, const Args&... args) {
+    if (units == 0 || rows == 0) return;
+    constexpr int64_t kMostRows = 3;  // of a grid in y: so that threads have several
+    emulator::Launch launch;
+    launch.grid = {int((units + kThreads - 1) / kThreads),
+                   int(rows < kMostRows ? rows : kMostRows)};
+    launch.block = {kThreads};
+    launch.seed = seed;
+    const emulator::Report report = emulator::run(launch, kernel, args...);
+    STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
+  }
+
+  template <class T, class Out>
+  void multiply(Sizes s, const T* a, const T* b, Out* out) {
+    const auto value = [](auto x) {
+      if constexpr (sizeof(x) == 2)
+        return double(to_float(x));
+      else
+        return double(x);
+    };
+    for (int64_t m = 0; m < s.m; ++m)
+      for (int64_t n = 0; n < s.n; ++n) {
+        double sum = 0;
+        for (int64_t k = 0; k < s.k; ++k)
+          sum += value(a[s.a_transposed ? k * s.m + m : m * s.k + k]) *
+                 value(b[s.b_transposed ? n * s.k + k : k * s.n + n]);
+        if constexpr (sizeof(Out) == 2)
+          out[m * s.n + n] = from_float<Out>(float(sum));
+        else
+          out[m * s.n + n] = Out(sum);
+      }
+  }
+};
+
+struct Bytes {
+  int64_t io, carry;
+  explicit Bytes(const Tensor& like) : io(int64_t(like.element_size())), carry(io == 8 ? 8 : 4) {}
+};
+
+void borrow(EmulatedMachine& machine, Layer& a, Bytes bytes) {
+  const int64_t gates = kCellShapes[a.cell].gates * a.H;
+  machine.borrow("x", a.x, a.M * a.I * bytes.io);
+  machine.borrow("w_ih", a.w_ih, gates * a.I * bytes.io);
+  machine.borrow("w_hh", a.w_hh, gates * a.R * bytes.io);
+  machine.borrow("w_hr", a.w_hr, a.R * a.H * bytes.io);
+  machine.borrow("control", a.control, a.T * a.N);
+  machine.borrow("rows", a.rows, a.T * a.N * 4);
+}
+
+void forward(const ForwardArgs& args, const Tensor& like) {
+  ForwardArgs a = args;
+  EmulatedMachine machine;
+  const Bytes bytes(like);
+  const int64_t gates = kCellShapes[a.cell].gates * a.H;
+  borrow(machine, a, bytes);
+  machine.borrow("b_ih", a.b_ih, gates * bytes.io);
+  machine.borrow("b_hh", a.b_hh, gates * bytes.io);
+  machine.borrow("h0", a.h0, a.N * a.R * bytes.carry);
+  machine.borrow("c0", a.c0, a.N * a.H * bytes.carry);
+  machine.borrow("h", a.h, a.M * a.R * bytes.io);
+  machine.borrow("c", a.c, a.M * a.H * bytes.io);
+  machine.borrow("h_n", a.h_n, a.N * a.R * bytes.carry);
+  machine.borrow("c_n", a.c_n, a.N * a.H * bytes.carry);
+  machine.borrow("saved", a.saved, a.M * kCellShapes[a.cell].saved * a.H * bytes.io);
+  dispatch(a.cell, like.scalar_type(), [&](auto cell, auto scalar) {
+    cuda::forward<decltype(cell), decltype(scalar)>(a, machine);
+  });
+  machine.give_back();
+}
+
+void backward(const BackwardArgs& args, const Tensor& like) {
+  BackwardArgs a = args;
+  EmulatedMachine machine;
+  const Bytes bytes(like);
+  const int64_t gates = kCellShapes[a.cell].gates * a.H;
+  borrow(machine, a, bytes);
+  machine.borrow("dh", a.dh, a.M * a.R * bytes.io);
+  machine.borrow("dc", a.dc, a.M * a.H * bytes.io);
+  machine.borrow("dh_n", a.dh_n, a.N * a.R * bytes.carry);
+  machine.borrow("dc_n", a.dc_n, a.N * a.H * bytes.carry);
+  machine.borrow("h", a.h, a.M * a.R * bytes.io);
+  machine.borrow("c", a.c, a.M * a.H * bytes.io);
+  machine.borrow("saved", a.saved, a.M * kCellShapes[a.cell].saved * a.H * bytes.io);
+  machine.borrow("h0", a.h0, a.N * a.R * bytes.io);
+  machine.borrow("c0", a.c0, a.N * a.H * bytes.io);
+  machine.borrow("dh0", a.dh0, a.N * a.R * bytes.carry);
+  machine.borrow("dc0", a.dc0, a.N * a.H * bytes.carry);
+  machine.borrow("dx", a.dx, a.M * a.I * bytes.io);
+  machine.borrow("dw_ih", a.dw_ih, gates * a.I * bytes.io);
+  machine.borrow("db_ih", a.db_ih, gates * bytes.io);
+  machine.borrow("dw_hh", a.dw_hh, gates * a.R * bytes.io);
+  machine.borrow("db_hh", a.db_hh, gates * bytes.io);
+  machine.borrow("dw_hr", a.dw_hr, a.R * a.H * bytes.io);
+  dispatch(a.cell, like.scalar_type(), [&](auto cell, auto scalar) {
+    cuda::backward<decltype(cell), decltype(scalar)>(a, machine);
+  });
+  machine.give_back();
+}
+
+template <bool kBackward>
+void step(const StepArgs& args, const Tensor& like) {
+  StepArgs a = args;
+  EmulatedMachine machine;
+  const CellShape& shape = kCellShapes[a.cell];
+  const int64_t states = a.N * a.H * Bytes(like).io, gates = states * shape.gates;
+  machine.borrow("h", a.h, states);
+  machine.borrow("c", a.c, states);
+  machine.borrow("gx", a.gx, gates);
+  machine.borrow("gh", a.gh, gates);
+  machine.borrow("dh1", a.dh1, states);
+  machine.borrow("dc1", a.dc1, states);
+  // What forward writes backward reads.
+  const auto kept = [&](const char* name, void*& pointer, int64_t bytes) {
+    if constexpr (kBackward) {
+      const void* read = pointer;
+      machine.borrow(name, read, bytes);
+      pointer = const_cast<void*>(read);
+    } else {
+      machine.borrow(name, pointer, bytes);
+    }
+  };
+  kept("h1", a.h1, states);
+  kept("c1", a.c1, states);
+  kept("saved", a.saved, states * shape.saved);
+  machine.borrow("dgx", a.dgx, gates);
+  machine.borrow("dgh", a.dgh, gates);
+  machine.borrow("dh", a.dh, states);
+  machine.borrow("dc", a.dc, states);
+  dispatch(a.cell, like.scalar_type(), [&](auto cell, auto scalar) {
+    machine.launch(one_step<decltype(cell), decltype(scalar), kBackward>, a.H, a.N, a);
+  });
+  machine.give_back();
+}
+
+constexpr Device kEmulated = {forward, backward, step<false>, step<true>};
+
+}  // namespace
+}  // namespace fused_rnn::cuda
+
+extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_seed(uint64_t value) {
+  fused_rnn::cuda::seed = value;
+}
+
+STABLE_TORCH_LIBRARY(fused_rnn_emulated, library) { fused_rnn::define_ops(library); }
+
+STABLE_TORCH_LIBRARY_IMPL(fused_rnn_emulated, CPU, library) {
+  fused_rnn::implement_ops<fused_rnn::cuda::kEmulated>(library);
+}
