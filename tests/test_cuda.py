@@ -1,5 +1,7 @@
 """What can be known of the CUDA backend without a GPU: who answers, and torch's rule for cuDNN."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from twins import twins
@@ -97,3 +99,18 @@ def test_auto_on_cuda_takes_torchs_kernels_until_ours_are_measured(compiling, mo
     assert ("reference" if compiling else "torch") == chosen.NAME
     with pytest.raises(RuntimeError, match="no moon"):
         backends.choose(asked, "cuda")
+
+
+@pytest.mark.parametrize(("processors", "known"), [(132, True), (131, False)])
+def test_the_explanation_holds_the_plan_of_a_known_gpu(processors, known, monkeypatch):
+    device = SimpleNamespace(major=9, minor=0, multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)
+    monkeypatch.setattr(backends.torch_nn, "cudnn_can_run", lambda _: True)
+    text = backends.cuda.explain(problem(packed=True))
+    assert text.startswith("stepwise")
+    assert ("not built grid, predicted" in text) == known
+    assert ("T=1024 N=16 H=768" in text) == known
+    text = backends.torch_nn.explain(problem(cell="gru"))
+    assert "cuDNN" in text
+    assert cudnn.STANDARD in text
