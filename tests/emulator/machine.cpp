@@ -138,16 +138,16 @@ size_t Machine::pick() {
   return i;
 }
 
-// One thing that may happen at any time: a message arrives, a store leaves a buffer. False when
-// nothing is under way.
-bool Machine::event() {
+// One thing that may happen at any time: a message arrives, a store leaves a buffer. Looks at
+// `most` threads, from a random one on; false when it found nothing under way.
+bool Machine::event(size_t most) {
   progress();
   if (!messages.empty() && random.one_in(2)) {
     deliver(random.below(messages.size()));
     return true;
   }
   const size_t first = random.below(threads.size());
-  for (size_t i = 0; i < threads.size(); ++i) {
+  for (size_t i = 0; i < std::min(most, threads.size()); ++i) {
     Thread& thread = *threads[(first + i) % threads.size()];
     if (!thread.stores.empty()) {
       drain(thread, random.below(thread.stores.size()));
@@ -187,11 +187,11 @@ void Machine::schedule() {
     if (random.one_in(256)) epoch_ = random.next();
     if (random.one_in(drain_period_ * 4)) {
       const uint64_t idle = idle_;
-      if (!event()) idle_ = idle;
+      if (!event(64)) idle_ = idle;
     }
     if (ready_.empty() || random.one_in(8 + waiting_.size() / 8)) wake();
     while (ready_.empty()) {
-      if (!event()) {
+      if (!event(threads.size())) {
         report.deadlock = who_waits_where();
         return;
       }
@@ -217,7 +217,11 @@ void Machine::schedule() {
     if (failed) return;
     if (thread.state == Thread::kDone) thread_left(thread);
   }
-  while (event()) continue;
+  for (const auto& thread : threads) {
+    while (!thread->copies.empty()) perform(*thread, 0);
+    flush(*thread, Scope::kGpu);
+  }
+  while (!messages.empty()) deliver(random.below(messages.size()));
 }
 
 void Machine::point(const char* what) {

@@ -201,7 +201,7 @@ class Machine {
  private:
   void suspend_until(bool (*ready)(void*), void (*describe)(void*, std::string&), void* waiter);
   void wake();
-  bool event();
+  bool event(size_t most);
   size_t pick();
   bool slow(const Thread& thread) const;
   std::string who_waits_where() const;

@@ -1,5 +1,5 @@
-// Kernels written wrong on purpose. Each must be caught under some seed of a few, by what its test
-// in test_emulator.py names.
+// Kernels written wrong on purpose. Each must be caught under some seed of a few, by what
+// test_emulator.py expects of it.
 #include "case.h"
 #include "cuda/primitives.cuh"
 
@@ -49,7 +49,7 @@ FUSED_RNN_KERNEL one_buffer(int* out) {
   store(out + i, mine);
 }
 Outcome missing_second_barrier(uint64_t seed) {
-  return on_ints(blocks("one_buffer", 1, 32, seed), 32, one_buffer);
+  return on_ints(blocks("one_buffer", 1, 12, seed), 12, one_buffer);
 }
 
 FUSED_RNN_KERNEL no_sync_warp(int* out) {
@@ -88,6 +88,25 @@ Outcome send(uint64_t seed, bool relaxed) {
 }
 Outcome early_flag(uint64_t seed) { return send(seed, false); }
 Outcome relaxed_flag(uint64_t seed) { return send(seed, true); }
+
+// Sent rightly, but the flag is read without acquire. Loads of the emulator are never early, so the
+// result is right; ThreadSanitizer knows.
+FUSED_RNN_KERNEL no_acquire(int* out, int* data, unsigned* flags) {
+  const int i = thread_index().x;
+  if (block_index().x == 0) {
+    store(data + i, i);
+    store_release(flags + i, 1u);
+  } else {
+    poll_relaxed(flags + i, [](unsigned seen) { return seen == 1; });
+    store(out + i, load(data + i));
+  }
+}
+Outcome missing_acquire(uint64_t seed) {
+  Memory<int> data("data", 8);
+  Memory<unsigned> flags("flags", 8);
+  flags.fill(0);
+  return on_ints(blocks("no_acquire", 2, 8, seed), 8, no_acquire, data.data(), flags.data());
+}
 
 // The block's barrier orders its threads, not what other blocks see.
 FUSED_RNN_KERNEL no_fence(int* out, int* data, unsigned* flag) {
@@ -262,6 +281,7 @@ int main(int count, char** words) {
                     {"missing_sync_warp", missing_sync_warp},
                     {"early_flag", early_flag},
                     {"relaxed_flag", relaxed_flag},
+                    {"missing_acquire", missing_acquire},
                     {"missing_fence", missing_fence},
                     {"missing_cluster_sync", missing_cluster_sync},
                     {"missing_copy_wait", missing_copy_wait},
