@@ -55,6 +55,8 @@ EVERY_SCHEDULE = {
     "atomic_past_end": AT + "atomic_add: out of range: 4 bytes",
     "null_pointer": AT + "store: out of range: .* in no memory of this launch",
     "misaligned_copy": AT + "copy_async: misaligned: 16 bytes .* got byte 8 of dynamic shared",
+    "read_only_shared": AT + "load_read_only: wants global memory, got byte 0 of dynamic shared",
+    "copy_from_shared": AT + "copy_async: wants global memory, got byte 16 of dynamic shared",
     "bypass_global": "guard zone overwritten.*: 4 bytes past the end of out",
     "bypass_shared": "guard zone overwritten.*: 4 bytes past the end of dynamic shared memory",
     "too_many_bytes": "block .1, 0, 0., thread 0-7: waits in mbarrier_wait .* 4 bytes are missing",

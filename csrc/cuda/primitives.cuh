@@ -53,9 +53,10 @@ FUSED_RNN_DEVICE int warp() { return int(threadIdx.x / 32); }
 // ---- Barriers and fences.
 
 FUSED_RNN_DEVICE void sync_block() { __syncthreads(); }
-// `threads`, a multiple of 32, of the block meet at barrier `id`, 1 to 15; sync_block is 0.
+// `threads`, a multiple of 32, of the block meet at barrier `id`, 1 to 15; sync_block is 0. Lanes
+// of a warp need not come together (bar.sync would want that).
 FUSED_RNN_DEVICE void sync_threads(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+  asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 FUSED_RNN_DEVICE void sync_warp(unsigned mask = kFullWarp) { __syncwarp(mask); }
 

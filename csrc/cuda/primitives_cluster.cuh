@@ -10,10 +10,16 @@ template <int kBytes>
 FUSED_RNN_DEVICE void copy_async(void* shared, const void* global, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async moves 4, 8 or 16 bytes");
 #if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(detail::shared_address(shared)),
-      "l"(__cvta_generic_to_global(global)), "n"(kBytes), "r"(valid)
-      : "memory");
+  const uint32_t to = detail::shared_address(shared);
+  const size_t from = __cvta_generic_to_global(global);
+  if constexpr (kBytes == 16) {  // the only size that may pass by L1, where nobody reads it again
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(valid)
+                 : "memory");
+  }
 #else
   unsupported("copy_async needs sm_80");
 #endif
@@ -56,15 +62,16 @@ FUSED_RNN_DEVICE int cluster_size() {
 #endif
 }
 // Every thread of the cluster arrives once, then waits once. What was stored before the arrival,
-// own or remote shared memory included, is seen after the wait.
+// own or remote shared memory included, is seen after the wait. Not the .aligned form: a warp whose
+// first lane has just initialised an mbarrier need not have come together again.
 FUSED_RNN_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #endif
 }
 FUSED_RNN_DEVICE void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __syncthreads();
 #endif

@@ -33,8 +33,8 @@ struct Launch {
 };
 
 struct Report {
-  // Accesses out of range or misaligned, misuse of a primitive, guard zones overwritten, races
-  // (ThreadSanitizer build). The first of the kinds that stop a launch is the last.
+  // Accesses out of range or misaligned and misuse of a primitive, of which the first ends the
+  // launch; guard zones overwritten; races (ThreadSanitizer build).
   std::vector<std::string> errors;
   std::string deadlock;  // who waits where
   uint64_t primitives = 0, switches = 0;

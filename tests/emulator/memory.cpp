@@ -386,6 +386,11 @@ void fence(const char* what, Scope scope) {
   thread.fenced = true;
 }
 
+void want_global(const char* what, const void* p) {
+  if (find(p) != nullptr) return;
+  machine->fail(machine->current, what, "wants global memory, got " + machine->describe(p, 1));
+}
+
 void* dynamic_shared() { return machine->current->block->shared; }
 
 void* static_shared(const void* site, const char* name, size_t bytes, size_t alignment) {

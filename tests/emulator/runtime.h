@@ -30,9 +30,13 @@ uint64_t update_word(const char* what, void* p, Update update, uint64_t value, u
 void wait_for_change(const char* what, const void* p, uint64_t seen, size_t bytes);
 void fence(const char* what, Scope scope);
 
+// Fails for an address that is not in global memory.
+void want_global(const char* what, const void* p);
+
 void* dynamic_shared();
 // `site` is one address for each declaration.
 void* static_shared(const void* site, const char* name, size_t bytes, size_t alignment);
+// The place of `shared`, which must be the block's own, in the block of that rank.
 void* peer(const char* what, void* shared, int rank);
 
 // Barriers and warps.

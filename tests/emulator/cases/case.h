@@ -1,5 +1,6 @@
-// A driver is a table of cases: `driver CASE COUNT` runs one under the seeds 0 to COUNT - 1 and
-// prints, for each, "seed 3: ok" or what was wrong. Results must be bit-equal between seeds.
+// A driver is a table of cases: `driver CASE COUNT [FIRST]` runs one under COUNT seeds from FIRST
+// (0) on and prints, for each, "seed 3: ok" or what was wrong. Results must be bit-equal between
+// seeds.
 #pragma once
 
 #include <stdio.h>
@@ -58,17 +59,18 @@ inline int run_cases(int count, char** words, std::initializer_list<Case> cases)
     return 0;
   }
   for (const Case& one : cases) {
-    if (count != 3 || strcmp(words[1], one.name) != 0) continue;
-    std::string first;
-    for (int seed = 0; seed < atoi(words[2]); ++seed) {
+    if (count < 3 || count > 4 || strcmp(words[1], one.name) != 0) continue;
+    std::string result;
+    const int first = count == 4 ? atoi(words[3]) : 0;
+    for (int seed = first; seed < first + atoi(words[2]); ++seed) {
       Outcome outcome = one.run(uint64_t(seed));
-      if (seed == 0) first = outcome.result;
-      if (outcome.result != first) outcome.problem += "the result differs from that of seed 0\n";
+      if (seed == first) result = outcome.result;
+      if (outcome.result != result) outcome.problem += "the result differs from the first seed's\n";
       printf("seed %d: %s\n", seed, outcome.problem.empty() ? "ok" : outcome.problem.c_str());
     }
     return 0;
   }
-  fprintf(stderr, "usage: %s CASE COUNT, or --list\n", words[0]);
+  fprintf(stderr, "usage: %s CASE COUNT [FIRST], or --list\n", words[0]);
   return 2;
 }
 

@@ -212,6 +212,8 @@ FUSED_RNN_KERNEL touch(int* out, int kind) {
     case 8: atomic_add(reinterpret_cast<unsigned*>(out) + 8, 1u); break;
     case 9: store(static_cast<int*>(nullptr), 1); break;
     case 10: copy_async<16>(shared + 2, out); break;
+    case 11: load_read_only(shared); break;
+    case 12: copy_async<4>(shared, shared + 4); break;
   }
 }
 template <int kKind>
@@ -301,6 +303,8 @@ int main(int count, char** words) {
                     {"atomic_past_end", touches<8>},
                     {"null_pointer", touches<9>},
                     {"misaligned_copy", touches<10>},
+                    {"read_only_shared", touches<11>},
+                    {"copy_from_shared", touches<12>},
                     {"two_barriers", hangs<0>},
                     {"poll_each_other", hangs<1>},
                     {"spin", hangs<2>},

@@ -136,14 +136,17 @@ FUSED_RNN_DEVICE void store_vector(T* p, Vector<T, N> value) {
 }
 template <class T>
 FUSED_RNN_DEVICE T load_read_only(const T* p) {
+  emulator::want_global("load_read_only", p);
   return detail::read("load_read_only", p);
 }
 template <class T>
 FUSED_RNN_DEVICE T load_streaming(const T* p) {
+  emulator::want_global("load_streaming", p);
   return detail::read("load_streaming", p);
 }
 template <class T>
 FUSED_RNN_DEVICE void store_streaming(T* p, T value) {
+  emulator::want_global("store_streaming", p);
   detail::write("store_streaming", p, value);
 }
 template <class T>

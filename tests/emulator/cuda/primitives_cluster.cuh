@@ -8,6 +8,7 @@ namespace fused_rnn {
 template <int kBytes>
 FUSED_RNN_DEVICE void copy_async(void* shared, const void* global, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "cp.async moves 4, 8 or 16 bytes");
+  emulator::want_global("copy_async", global);
   emulator::copy_start(shared, global, kBytes, valid);
 }
 FUSED_RNN_DEVICE void copy_async_commit() { emulator::copy_group(); }
@@ -77,13 +78,16 @@ FUSED_RNN_DEVICE void store_async(T* shared, T value, Mbarrier* barrier, int ran
 }
 FUSED_RNN_DEVICE void copy_bulk(void* shared, const void* global, int bytes, Mbarrier* barrier) {
   const int rank = cluster_rank();
+  emulator::want_global("copy_bulk", global);
   emulator::send_bulk("copy_bulk", emulator::peer("copy_bulk", shared, rank), global, bytes,
                       emulator::peer("copy_bulk", barrier, rank));
 }
 FUSED_RNN_DEVICE void copy_bulk_to_peer(void* to, const void* from, int bytes, Mbarrier* barrier,
                                         int rank) {
-  emulator::send_bulk("copy_bulk_to_peer", emulator::peer("copy_bulk_to_peer", to, rank), from,
-                      bytes, emulator::peer("copy_bulk_to_peer", barrier, rank));
+  const char* what = "copy_bulk_to_peer";
+  const void* own = emulator::peer(what, const_cast<void*>(from), cluster_rank());
+  emulator::send_bulk(what, emulator::peer(what, to, rank), own, bytes,
+                      emulator::peer(what, barrier, rank));
 }
 
 }  // namespace fused_rnn

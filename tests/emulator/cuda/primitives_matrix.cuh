@@ -8,6 +8,7 @@ namespace fused_rnn {
 template <int kCount, bool kTranspose = false>
 FUSED_RNN_DEVICE void load_matrix(uint32_t (&r)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4, "ldmatrix loads 1, 2 or 4 matrices");
+  row = emulator::peer("load_matrix", const_cast<void*>(row), cluster_rank());
   const uint16_t* rows[32];
   emulator::exchange("load_matrix", kFullWarp, &row, sizeof(row), rows);
   // Lane l takes elements 2 (l % 4) and one more of row l / 4, or of column l / 4 if transposed.
