@@ -96,7 +96,8 @@ def find_nvcc() -> str | None:
     if os.environ.get("NVCC"):
         return os.environ["NVCC"]
     home = os.environ.get("CUDA_HOME")
-    return shutil.which("nvcc", path=str(Path(home, "bin")) if home else None)
+    in_home = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
+    return in_home or shutil.which("nvcc")
 
 
 def wants_cuda() -> bool:
@@ -116,7 +117,8 @@ def wants_cuda() -> bool:
 def cuda_architectures() -> list[str]:
     """nvcc's flags for the architectures to build for."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    if not wanted and os.environ.get("FORCE_CUDA", "") in ("", "0"):
+    at_hand = os.environ.get("FORCE_CUDA", "") in ("", "0") and shutil.which("nvidia-smi")
+    if not wanted and at_hand:
         answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
             capture_output=True,
@@ -245,15 +247,16 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
         *(["-O0", "-g", "-G"] if DEBUG else ["-O3"]),
         f"-Xcompiler={','.join(host_flags)}",
         "-Xptxas=-v",  # registers, shared memory and spills of each kernel
-        "--threads=0",
+        f"--threads={os.environ.get('MAX_JOBS', '0')}",
         TARGET_VERSION,
         *cuda_architectures(),
     ]
-    nvcc = shlex.quote(find_nvcc() or "nvcc")
+    # nvcc takes the name of a compiler, not a launcher such as ccache before it.
+    nvcc = f"{shlex.quote(find_nvcc() or 'nvcc')} -ccbin {shlex.quote(shlex.split(CXX)[-1])}"
     headers = f"-I{shlex.quote(str(ROOT / 'csrc'))} -isystem {shlex.quote(str(torch / 'include'))}"
     n.rule(
         "nvcc",
-        command=f"{nvcc} -ccbin {CXX} {' '.join(flags)} {headers} -MD -MF $out.d -c $in -o $out "
+        command=f"{nvcc} {' '.join(flags)} {headers} -MD -MF $out.d -c $in -o $out "
         "> $out.log 2>&1 || { cat $out.log; exit 1; }",
         depfile="$out.d",
         deps="gcc",
@@ -264,7 +267,7 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
     torch_libraries = f"-L{shlex.quote(str(torch / 'lib'))} -Xlinker --no-as-needed -ltorch"
     n.rule(
         "link_cuda",
-        command=f"{nvcc} -ccbin {CXX} -shared -cudart static $in -o $out {torch_libraries}",
+        command=f"{nvcc} -shared -cudart static $in -o $out {torch_libraries}",
         description="link $out",
     )
     kernels = n.build("cuda.register.o", "nvcc", str(ROOT / "csrc" / "cuda" / "register.cu"))

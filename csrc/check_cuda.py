@@ -1,4 +1,4 @@
-"""check_cuda.py LOG [PAGE]: what ptxas said of the kernels; a spill fails.
+"""check_cuda.py [PAGE [LOG]]: what ptxas said of the kernels; a spill fails.
 
 ptxas prints, for every kernel and architecture, the registers that a thread has, and what did not
 fit into them. A spilled register costs a trip to memory in every step of a loop, so none is
@@ -11,6 +11,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+# Where setup.py's build with this Python leaves it.
+LOG = ROOT / "build" / f"release-{sys.implementation.cache_tag}" / "cuda.register.o.log"
+
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'")
 STACK = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes"
@@ -22,8 +26,8 @@ KERNEL = re.compile(r"_ZN9fused_rnn4cuda(?P<length>\d+)(?P<rest>\w+)")
 HEAD = """# Kernels
 
 What ptxas gives each kernel: the most registers a thread and the most shared memory a block (bytes)
-of all its instances (cells and dtypes), for each architecture. No kernel spills; the build fails if
-one does. Written by `make cuda`. Times: not yet measured.
+of all its instances (cells and dtypes), for each architecture. No kernel spills; `make cuda`, which
+writes this page, fails if one does. Times: not yet measured.
 
 """
 
@@ -77,7 +81,7 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(log: Path, page: Path | None = None) -> None:
+def main(page: Path | None = None, log: Path = LOG) -> None:
     kernels = read(log.read_text())
     spilled = [kernel for kernel in kernels if kernel.spilled]
     for kernel in spilled:

@@ -25,10 +25,12 @@ ScalarType carry_type(ScalarType io) {
 class Operands {
   const char* name_;
   const Tensor& like_;
+  ScalarType io_;
 
  public:
   // All must be where `like`, called `name`, is.
-  Operands(const char* name, const Tensor& like) : name_(name), like_(like) {}
+  Operands(const char* name, const Tensor& like)
+      : name_(name), like_(like), io_(like.scalar_type()) {}
 
   // A state may come in the dtype of x or in the carry dtype, anything else only in its own.
   Tensor get(const char* name, const Tensor& x, const Shape& shape, ScalarType type,
@@ -42,10 +44,9 @@ class Operands {
                     " is on another device than ", name_, "; move it there with .to(", name_,
                     ".device)");
     const ScalarType given = x.scalar_type();
-    STD_TORCH_CHECK(
-        given == type || (state && (carry_type(given) == type || carry_type(type) == given)),
-        "fused_rnn: ", name, " has another dtype than expected; ", name_,
-        ", the weights and the states must agree, control is uint8 and rows is int32");
+    STD_TORCH_CHECK(given == type || (state && (given == io_ || given == carry_type(io_))),
+                    "fused_rnn: ", name, " has another dtype than expected; ", name_,
+                    ", the weights and the states must agree, control is uint8 and rows is int32");
     const Tensor typed = given == type ? x : torch::stable::to(x, type);
     return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
   }
@@ -126,6 +127,7 @@ struct Problem {
     layer.T = time.size(0);
     layer.N = time.size(1);
     lead = options.rows ? Shape{x.size(0)} : Shape{layer.T, layer.N};
+    STD_TORCH_CHECK(layer.R > 0 && layer.I > 0, "fused_rnn: w_hh and w_ih must not be empty");
     layer.M = options.rows ? x.size(0) : layer.T * layer.N;
     STD_TORCH_CHECK(!options.w_hr || cell.states == 2, "fused_rnn: only LSTM has a projection");
     STD_TORCH_CHECK(options.w_hr || layer.R == layer.H, "fused_rnn: w_hh must be [", gates(), ", ",

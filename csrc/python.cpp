@@ -53,7 +53,6 @@ pybind11::dict build_info() {
   info["flags"] = FUSED_RNN_FLAGS;
   info["instruction_sets"] = instruction_sets();
   info["torch"] = TORCH_VERSION;
-  info["cuda"] = false;
   return info;
 }
 
@@ -152,8 +151,8 @@ bool small_step(int cell, pybind11::handle x, pybind11::handle h, pybind11::hand
 PYBIND11_MODULE(_C, m) {
   m.doc() = "How fused_rnn was built, and what this processor offers.";
   m.def("build_info", &build_info,
-        "Compiler, flags, the instruction sets compiled in (best first), the torch built against "
-        "and whether the CUDA library was built.");
+        "Compiler, flags, the instruction sets compiled in (best first), and the torch built "
+        "against.");
   m.def("cpu_features", &cpu_features,
         "The features that the choice of an instruction set depends on; empty where there is "
         "nothing to choose.");

@@ -81,7 +81,6 @@ def test_cuda_by_name_is_refused_on_the_cpu_with_the_reason():
 def test_an_installation_without_the_cuda_library_says_so():
     if native.CUDA_UNAVAILABLE is None:
         pytest.skip("this installation has the CUDA library")
-    assert "CUDA" in native.CUDA_UNAVAILABLE or "cuda" in native.CUDA_UNAVAILABLE
     explanation = str(fused_rnn.explain(fused_rnn.LSTM(5, 6), torch.randn(4, 3, 5)))
     assert native.CUDA_UNAVAILABLE in explanation
 
@@ -91,7 +90,7 @@ def test_auto_on_cuda_takes_torchs_kernels_until_ours_are_measured(compiling, mo
     asked = problem(compiling=compiling)
     monkeypatch.setattr(backends.cuda, "available", lambda: None)
     chosen, why = backends.choose(asked, "auto")
-    assert ("cuda" if compiling else "torch") == chosen.NAME
+    assert ("reference" if compiling else "torch") == chosen.NAME
     assert why
     assert backends.choose(asked, "cuda")[0].NAME == "cuda"
     monkeypatch.setattr(backends.cuda, "available", lambda: "there is no moon tonight")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 # Two blocks of units; more rows than the grid has; one of everything.
 SHAPES = ((1, 1, 1), (5, 3, 25), (3, 2, 130), (6, 7, 8), (4, 19, 31))
+EMPTY = ((0, 3, 5), (2, 0, 5))
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +51,24 @@ def test_outputs_and_gradients(case, layer):
     check(layer, make_problem(**case))
 
 
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+@pytest.mark.parametrize("rows", ["", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_no_steps_or_no_batch(cell, rows, shape, layer):
+    """As the CPU's op: final states are the initial ones, gradients of weights are zero."""
+    for control in (False, True):
+        problem = make_problem(cell, torch.float32, shape, product=True, rows=rows, control=control)
+        for name, x in run(layer, problem).items():
+            if name in ("h_n", "c_n"):
+                assert torch.equal(x, problem.operands[f"{name[0]}0"]), name
+            elif name in ("dh0", "dc0"):
+                assert torch.equal(x, problem.grads[f"{name[1]}_n"]), name
+            else:
+                assert not x.any(), name
+
+
 def test_the_inputs_product_is_made_in_chunks(layer):
-    """More rows than one product makes, forward and from the end."""
+    """More rows than one product makes, forward and from the end; and sums of sums."""
     for reverse in (False, True):
         case = {"cell": "gru", "shape": (5, 4100, 2), "product": True, "reverse": reverse}
         check(layer, make_problem(dtype=torch.float32, **case))

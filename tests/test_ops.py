@@ -257,3 +257,28 @@ def test_each_row_belongs_to_one_step(op, wrong):
 
     message = refused(getattr(ops, op), names, inputs, "rows", change)
     assert re.search(r"twice, or it is outside|names \d+ of the \d+ rows", message), message
+
+
+def test_empty_weights_are_refused():
+    """Their memory is nowhere, which elsewhere means that they are not given."""
+    x = torch.randn(2, 3, 16)
+    with pytest.raises(RuntimeError, match="must not be empty"):
+        torch.ops.fused_rnn.layer(
+            2, x, None, None, torch.randn(16, 0), None, None, None, False, True, None, None,
+            torch.randn(0, 4), None, None,
+        )  # fmt: skip
+    with pytest.raises(RuntimeError, match="must not be empty"):
+        torch.ops.fused_rnn.layer(
+            2, x[..., :0], torch.randn(16, 0), None, torch.randn(16, 4), None, None, None, False,
+            True, None, None, None, None, None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [torch.bfloat16, torch.float64])
+def test_a_state_of_a_third_dtype_is_refused(state):
+    x, w_hh = torch.randn(2, 3, 16).half(), torch.randn(16, 4).half()
+    with pytest.raises(RuntimeError, match="h0 has another dtype"):
+        torch.ops.fused_rnn.layer(
+            2, x, None, None, w_hh, None, torch.randn(3, 4, dtype=state), None, False, True, None,
+            None, None, None, None,
+        )  # fmt: skip

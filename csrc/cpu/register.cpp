@@ -69,7 +69,7 @@ Schedule schedule_of(const Layer& layer) {
   const double useful = 1 + flops / kFlopsPerThread;
   int64_t workers = torch::stable::get_num_threads();
   if (double(workers) > useful) workers = int64_t(useful);
-  const int64_t sum_steps = (kSumRows + layer.N - 1) / layer.N;
+  const int64_t sum_steps = kSumRows > layer.N ? kSumRows / layer.N : 1;
   int64_t steps = sum_steps * (workers == 1 ? kSumsAlone : kSumsTogether * workers);
   if (steps > layer.T) steps = layer.T;
   return {workers, workers < layer.N ? workers : layer.N, steps, sum_steps, parallel};

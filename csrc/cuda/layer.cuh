@@ -49,6 +49,23 @@ struct Sizes {
   bool a_transposed = false, b_transposed = false;
 };
 
+// The same product as a BLAS takes it, which counts columns first and so reads every matrix as its
+// transpose: out' = b' a'. Its first operand is b. A stride is from column to column.
+struct ColumnMajor {
+  bool first_transposed, second_transposed;
+  int64_t m, n, k, first_stride, second_stride, out_stride;
+
+  explicit ColumnMajor(Sizes s)
+      : first_transposed(s.b_transposed),
+        second_transposed(s.a_transposed),
+        m(s.n),
+        n(s.m),
+        k(s.k),
+        first_stride(s.b_transposed ? s.k : s.n),
+        second_stride(s.a_transposed ? s.m : s.k),
+        out_stride(s.n) {}
+};
+
 // Where the rows of one step stand.
 struct StepRows {
   const uint8_t* control;  // [N], or null

@@ -1,5 +1,6 @@
 // The CUDA implementation of the ops: torch's memory and stream, and cuBLAS on torch's own handle,
-// whose stream, workspace and math mode torch has set. Nothing here waits for the device.
+// whose stream and workspace torch has set, and whether float32 may be multiplied in TF32. Nothing
+// here waits for the device.
 #define USE_CUDA  // the shims that exist in torch's CUDA builds
 
 #include <cuda_runtime.h>
@@ -87,15 +88,21 @@ class CudaMachine {
     constexpr int64_t kMost = std::numeric_limits<int>::max();
     STD_TORCH_CHECK(s.m <= kMost && s.n <= kMost && s.k <= kMost, "fused_rnn: a product of sizes ",
                     s.m, ", ", s.n, ", ", s.k, " is beyond cuBLAS; make T or N smaller");
+    if (s.k == 0) {  // cuBLAS may leave the result as it was
+      check(cudaMemsetAsync(out, 0, size_t(s.m * s.n) * sizeof(Out), stream_),
+            "memory not cleared");
+      return;
+    }
     using A = arithmetic_t<T>;
     const A one = 1, zero = 0;
-    const int m = int(s.m), n = int(s.n), k = int(s.k);
-    // cuBLAS counts columns first, and so reads every matrix as its transpose: out' = b' a'.
+    const ColumnMajor c(s);
+    const auto operation = [](bool transposed) {
+      return transposed ? cublas::kTransposed : cublas::kPlain;
+    };
     const int status = cublas::find_gemm()(
-        handle(), s.b_transposed ? cublas::kTransposed : cublas::kPlain,
-        s.a_transposed ? cublas::kTransposed : cublas::kPlain, n, m, k, &one, b,
-        cublas::type_of<T>(), s.b_transposed ? k : n, a, cublas::type_of<T>(),
-        s.a_transposed ? m : k, &zero, out, cublas::type_of<Out>(), n,
+        handle(), operation(c.first_transposed), operation(c.second_transposed), int(c.m), int(c.n),
+        int(c.k), &one, b, cublas::type_of<T>(), int(c.first_stride), a, cublas::type_of<T>(),
+        int(c.second_stride), &zero, out, cublas::type_of<Out>(), int(c.out_stride),
         sizeof(T) == 8 ? cublas::kCompute64 : cublas::kCompute32, cublas::kDefaultAlgorithm);
     STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to a product of sizes ",
                     s.m, ", ", s.n, ", ", s.k);

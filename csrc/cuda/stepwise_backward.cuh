@@ -206,11 +206,37 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1)
               tanh(read(a.c, i * a.H + place.unit)));
 }
 
-template <class T>
+inline constexpr int64_t kSumRows = 256;  // in one chain of a sum over rows
+
+// Blocks of rows that are summed one by one; one where there are no rows, whose sum is zero.
+FUSED_RNN_FN int64_t sum_blocks(int64_t rows) {
+  return rows > kSumRows ? (rows + kSumRows - 1) / kSumRows : 1;
+}
+
+// Of a matrix [rows, width], the sums of its blocks: [sum_blocks(rows), width].
+template <class From, class To>
 FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1)
-    fill(T* to, int64_t count, arithmetic_t<T> value) {
-  const int64_t at = Place().unit;
-  if (at < count) write(to, at, value);
+    sum_rows(const From* from, int64_t rows, int64_t width, To* to) {
+  const Place place;
+  if (place.unit >= width) return;
+  for (int64_t block = place.first_row; block < sum_blocks(rows); block += place.stride) {
+    const int64_t end = (block + 1) * kSumRows < rows ? (block + 1) * kSumRows : rows;
+    arithmetic_t<From> sum = 0;
+    for (int64_t row = block * kSumRows; row < end; ++row)
+      sum += read(from, row * width + place.unit);
+    write(to, block * width + place.unit, sum);
+  }
+}
+
+// A bias' gradient: sums of sums, until there is one.
+template <class From, class T, class Machine>
+void sum_all_rows(const From* from, int64_t rows, int64_t width, T* to, Machine& machine) {
+  using A = arithmetic_t<From>;
+  const int64_t blocks = sum_blocks(rows);
+  if (blocks == 1) return machine.launch(sum_rows<From, T>, width, 1, from, rows, width, to);
+  A* const sums = machine.template memory<A>(blocks * width);
+  machine.launch(sum_rows<From, A>, width, blocks, from, rows, width, sums);
+  sum_all_rows(static_cast<const A*>(sums), blocks, width, to, machine);
 }
 
 template <class Cell, class T, class Machine>
@@ -281,13 +307,8 @@ void backward(const BackwardArgs& a, Machine& machine) {
     machine.multiply({gates, a.R, a.M, true}, dgh, static_cast<const T*>(operands),
                      static_cast<T*>(a.dw_hh));
   }
-  if (a.db_ih || a.db_hh) {
-    T* const ones = machine.template memory<T>(a.M);
-    machine.launch(fill<T>, a.M, 1, ones, a.M, A(1));
-    const T* const factor = ones;
-    if (a.db_ih) machine.multiply({gates, 1, a.M, true}, dgx, factor, static_cast<T*>(a.db_ih));
-    if (a.db_hh) machine.multiply({gates, 1, a.M, true}, dgh, factor, static_cast<T*>(a.db_hh));
-  }
+  if (a.db_ih) sum_all_rows(dgx, a.M, gates, static_cast<T*>(a.db_ih), machine);
+  if (a.db_hh) sum_all_rows(dgh, a.M, gates, static_cast<T*>(a.db_hh), machine);
   if constexpr (Cell::kStates == 2) {
     if (a.dw_hr) {
       T* const unprojected = machine.template memory<T>(a.M * a.H);

@@ -128,10 +128,7 @@ def faster_than_torch(problem: Problem) -> bool:
     dispatcher, but only without a gradient and where the work is small. oneDNN ran an LSTM's
     forward without gradients in 0.8 to 0.95 of our time from 32 rows on, up to some 384 hidden
     units. Elsewhere ours is chosen; the rows in ``benchmarks/results`` show where that is close.
-    On CUDA nothing of ours is measured yet.
     """
-    if problem.device != "cpu":
-        return False
     if problem.T == 0:
         return cpu.is_small(problem)
     onednn = (
@@ -161,18 +158,17 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
         return backend, "asked for"
     if problem.transformed:
         return reference, "a transform has to see each operation"
-    native = cuda if problem.device == "cuda" else cpu
-    if refusal(native, problem) is None:
+    if refusal(cpu, problem) is None:
         if (
             problem.compiling
             or faster_than_torch(problem)
             or refusal(torch_nn, problem) is not None
         ):
-            return native, "the time loop in one native call"
-        if native is cuda:
-            return torch_nn, "ours is not measured on this device yet; ask for it by name"
+            return cpu, "the time loop in one native call"
         return torch_nn, "measured faster than our loop at this size"
     if not problem.compiling and refusal(torch_nn, problem) is None:
+        if refusal(cuda, problem) is None:
+            return torch_nn, "ours has not run on a GPU yet; ask for it by name"
         return torch_nn, "the native loop cannot run this, torch.nn can"
     return reference, "nothing else can run this"
 

@@ -73,16 +73,22 @@ class EmulatedMachine {
       else
         return double(x);
     };
-    for (int64_t m = 0; m < s.m; ++m)
-      for (int64_t n = 0; n < s.n; ++n) {
+    // As cuBLAS does it, from what cuBLAS is given.
+    const ColumnMajor c(s);
+    const auto entry = [&](const T* matrix, int64_t stride, bool transposed, int64_t i, int64_t j) {
+      return value(matrix[transposed ? j + i * stride : i + j * stride]);
+    };
+    for (int64_t i = 0; i < c.m; ++i)
+      for (int64_t j = 0; j < c.n; ++j) {
         double sum = 0;
-        for (int64_t k = 0; k < s.k; ++k)
-          sum += value(a[s.a_transposed ? k * s.m + m : m * s.k + k]) *
-                 value(b[s.b_transposed ? n * s.k + k : k * s.n + n]);
+        for (int64_t k = 0; k < c.k; ++k)
+          sum += entry(b, c.first_stride, c.first_transposed, i, k) *
+                 entry(a, c.second_stride, c.second_transposed, k, j);
+        Out& to = out[i + j * c.out_stride];
         if constexpr (sizeof(Out) == 2)
-          out[m * s.n + n] = from_float<Out>(float(sum));
+          to = from_float<Out>(float(sum));
         else
-          out[m * s.n + n] = Out(sum);
+          to = Out(sum);
       }
   }
 };
