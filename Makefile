@@ -7,9 +7,9 @@ CPP_SOURCES = $(wildcard $(foreach kind,h cpp cu cuh,$(CPP_FOLDERS:=/*.$(kind)))
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op
 
-.PHONY: help bench test full sanitize cuda lint format build compiled clean
+.PHONY: help bench test full sanitize cuda gpu-check lint format build compiled clean
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 bench: build  ## check against torch.nn, time against it, train a small language model
 	$(BIN)/python benchmarks/run.py
@@ -31,6 +31,12 @@ sanitize: .venv/installed  ## run the op tests on a build with the address and U
 cuda: .venv/installed  ## compile the CUDA library for every architecture; needs nvcc, no GPU
 	FORCE_CUDA=1 $(BIN)/python setup.py -q build --build-lib build/cuda
 	$(BIN)/python csrc/check_cuda.py docs/kernels.md
+
+# Offline, with the torch and pytest that are there; conftest.py would want more.
+gpu-check:  ## on a machine with a GPU: build with PYTHON's own torch, run the CUDA tests
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m fused_rnn
+	$(PYTHON) -m pytest --noconftest -q -rs tests/test_cuda_stepwise.py tests/test_cuda.py $(PYTEST)
 
 lint: .venv/installed  ## ruff, mypy, clang-format: what pre-commit and CI run
 	$(BIN)/ruff check

@@ -1,4 +1,5 @@
-"""The CUDA ops, run from the kernels' own source on the emulator, hold what every backend holds."""
+"""The CUDA ops hold what every backend holds: from the kernels' own source on the emulator, and
+where there is a GPU and the library, on that."""
 
 import pytest
 import torch
@@ -7,26 +8,42 @@ from layers import check, make_problem, run
 from numerics import DTYPES, cases
 
 from fused_rnn import autograd
+from fused_rnn.backends import cuda
 from fused_rnn.cells import CELLS
-
-pytestmark = pytest.mark.skipif(
-    build.compiler() is None, reason="needs a C++ compiler to compile the emulator"
-)
 
 # Two blocks of units; more rows than the grid has; one of everything.
 SHAPES = ((1, 1, 1), (5, 3, 25), (3, 2, 130), (6, 7, 8), (4, 19, 31))
 EMPTY = ((0, 3, 5), (2, 0, 5))
 
 
-@pytest.fixture(scope="module")
-def emulated():
-    return build.ops()
+@pytest.fixture(scope="module", params=["emulator", "gpu"])
+def machine(request):
+    """The ops, and the device of their tensors."""
+    if request.param == "emulator":
+        if build.compiler() is None:
+            pytest.skip("there is no C++ compiler to compile the emulator")
+        return build.ops(), "cpu"
+    missing = cuda.available() or ("" if torch.cuda.is_available() else "there is no GPU")
+    if missing:
+        pytest.skip(missing)
+    return torch.ops.fused_rnn, "cuda"
 
 
 @pytest.fixture
-def layer(emulated, monkeypatch):
-    monkeypatch.setattr(autograd, "ops", emulated)
-    return autograd.layer
+def layer(machine, monkeypatch):
+    """``autograd.layer`` on that machine, for tensors of the CPU."""
+    ops, device = machine
+    monkeypatch.setattr(autograd, "ops", ops)
+
+    def there(x):
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    def run_there(*operands, **options):
+        options = {name: there(x) for name, x in options.items()}
+        outputs = autograd.layer(*map(there, operands), **options)
+        return tuple(x if x is None else x.cpu() for x in outputs)
+
+    return run_there
 
 
 def projects(cell, P, shape, **_):
@@ -89,7 +106,7 @@ def test_results_are_bit_equal_under_every_schedule(cell, layer):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_step_whose_products_are_given(cell, dtype, emulated):
+def test_a_step_whose_products_are_given(cell, dtype, machine):
     """What the CPU's op gives, up to the two machines' exp and tanh and a last rounding."""
     spec, N, H = CELLS[cell], 3, 131
     gx, gh = torch.randn(2, N, spec.gates * H).to(dtype).unbind()
@@ -98,10 +115,14 @@ def test_a_step_whose_products_are_given(cell, dtype, emulated):
     dh1, dc1 = torch.randn(2, N, H).to(dtype).unbind()
     dc1 = dc1 if spec.states == 2 else None
     results = []
-    for ops in (emulated, torch.ops.fused_rnn):
-        h1, c1, saved = ops.step(spec.id, gx, gh, h, c, True)
-        gradients = ops.step_backward(spec.id, dh1, dc1, h1, c1, saved, h, c)
-        results.append((h1, c1, saved, *gradients))
+    for ops, device in (machine, (torch.ops.fused_rnn, "cpu")):
+
+        def there(*tensors, device=device):
+            return [x if x is None else x.to(device) for x in tensors]
+
+        h1, c1, saved = ops.step(spec.id, *there(gx, gh, h, c), True)
+        kept = (h1, c1, saved, *there(h, c))
+        results.append((h1, c1, saved, *ops.step_backward(spec.id, *there(dh1, dc1), *kept)))
     for ours, theirs in zip(*results, strict=True):
         ulps = 8 * torch.finfo(dtype).eps
-        torch.testing.assert_close(ours, theirs, rtol=ulps, atol=ulps)
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=ulps, atol=ulps)
