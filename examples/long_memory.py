@@ -215,7 +215,7 @@ def plot(result: Result) -> None:
 def main(argv: Sequence[str] | None = None) -> Result:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=250, help="training steps of part 3")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of part 3")
     parser.add_argument("--short", type=int, default=10, help="short sequence of part 3")
     parser.add_argument("--long", type=int, default=100, help="the long one, also of parts 1 and 2")
     parser.add_argument("--out", type=Path, default=Path("plots"), help="folder of the plot")
