@@ -33,6 +33,11 @@ _TORCH_CELLS: dict[str, Callable[..., Any]] = {
 }
 
 
+def projects(cell: str, P: int, shape: tuple[int, int, int] = (1, 1, 33), **_: Any) -> bool:
+    """Whether the case is one: only the LSTM has a projection, to fewer than H."""
+    return not P or (cell == "lstm" and shape[2] > P)
+
+
 @dataclass
 class Problem:
     """One layer in one direction: ``operands`` by name, ``options``, gradients of the outputs."""

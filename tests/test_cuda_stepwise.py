@@ -4,7 +4,7 @@ where there is a GPU and the library, on that."""
 import pytest
 import torch
 from emulator import build
-from layers import check, make_problem, run
+from layers import check, make_problem, projects, run
 from numerics import DTYPES, cases
 
 from fused_rnn import autograd
@@ -44,11 +44,6 @@ def layer(machine, monkeypatch):
         return tuple(x if x is None else x.cpu() for x in outputs)
 
     return run_there
-
-
-def projects(cell, P, shape, **_):
-    """Only the LSTM has a projection, to fewer than H."""
-    return not P or (cell == "lstm" and shape[2] > P)
 
 
 @cases(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layers import CLEAR, HOLD, check, make_problem, oracle_layer, run, torch_layer
+from layers import CLEAR, HOLD, check, make_problem, oracle_layer, projects, run, torch_layer
 from numerics import DTYPES, HALF, assert_as_good_as, cases, grid, needs_native
 
 from fused_rnn.autograd import layer
@@ -21,11 +21,6 @@ ops = torch.ops.fused_rnn
 SHAPES = ((1, 1, 1), (1, 3, 25), (7, 1, 31), (5, 4, 33), (3, 2, 60), (4, 9, 130), (33, 26, 8))
 SHAPES += ((520, 1, 17), (3, 300, 5))
 ROWS = ("", "packed", "scattered")
-
-
-def projects(cell, P, shape=(1, 1, 33), **_):
-    """Only the LSTM has a projection, to fewer than H."""
-    return not P or (cell == "lstm" and shape[2] > P)
 
 
 @pytest.mark.parametrize("rows", ROWS)
