@@ -11,8 +11,8 @@
 //   ds1, ds  [S]  dL/ds1, and the part of dL/ds that does not pass through the recurrent product
 //   dgx, dgh [G]  dL/dgx and dL/dgh
 //
-// A state that is not carried by the cell itself (zoneout) must be kept apart from s1: backward
-// wants the s1 that forward computed.
+// Where zoneout carries on the state before instead of s1, backward still wants the s1 that forward
+// computed. That is s1 where dL/ds1 is not zero, but for the LSTM's c, which h' depends on: next_c.
 #pragma once
 
 #include <math.h>
@@ -80,14 +80,20 @@ struct Lstm {
   static constexpr bool kHiddenIsElementwise = false;
   static constexpr bool kSplitsGates = false;
 
+  // c'. A backward asks again where what was carried on (zoneout) is not what was computed.
+  template <class A>
+  static FUSED_RNN_FN A next_c(const A* saved, A c) {
+    return saved[1] * c + saved[0] * saved[2];
+  }
+
   template <class A>
   static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A* s, A* s1, A* saved) {
-    const A i = saved[0] = sigmoid(gx[0] + gh[0]);
-    const A f = saved[1] = sigmoid(gx[1] + gh[1]);
-    const A g = saved[2] = tanh(gx[2] + gh[2]);
-    const A o = saved[3] = sigmoid(gx[3] + gh[3]);
-    s1[1] = f * s[1] + i * g;
-    s1[0] = o * tanh(s1[1]);
+    saved[0] = sigmoid(gx[0] + gh[0]);
+    saved[1] = sigmoid(gx[1] + gh[1]);
+    saved[2] = tanh(gx[2] + gh[2]);
+    saved[3] = sigmoid(gx[3] + gh[3]);
+    s1[1] = next_c(saved, s[1]);
+    s1[0] = saved[3] * tanh(s1[1]);
   }
   template <class A>
   static FUSED_RNN_FN void backward(const A* ds1, const A* saved, const A* s, const A* s1, A* dgx,

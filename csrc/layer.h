@@ -36,6 +36,9 @@ struct Layer {
   const void* w_hr;        // [P, H] or null
   const uint8_t* control;  // [T, N] or null
   const int32_t* rows;     // [T, N] or null
+  const void* h_mask;      // io [N, R] or null: what h is multiplied by on its way into the product
+  const uint8_t* keep;     // [T, N, R + (S-1)*H] or null: where not 0, a state stays as it was
+  bool tf32;               // float32 may be multiplied in TF32
 };
 
 // io: the dtype of x. carry: float for the half types, else io.

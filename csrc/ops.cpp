@@ -44,9 +44,10 @@ class Operands {
                     " is on another device than ", name_, "; move it there with .to(", name_,
                     ".device)");
     const ScalarType given = x.scalar_type();
-    STD_TORCH_CHECK(given == type || (state && (given == io_ || given == carry_type(io_))),
-                    "fused_rnn: ", name, " has another dtype than expected; ", name_,
-                    ", the weights and the states must agree, control is uint8 and rows is int32");
+    STD_TORCH_CHECK(
+        given == type || (state && (given == io_ || given == carry_type(io_))), "fused_rnn: ", name,
+        " has another dtype than expected; ", name_,
+        ", the weights and the states must agree, control and keep are uint8 and rows is int32");
     const Tensor typed = given == type ? x : torch::stable::to(x, type);
     return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
   }
@@ -104,11 +105,14 @@ struct Problem {
   Operands operands;
   std::vector<Tensor> keep_alive;
 
-  Problem(int64_t cell_id, const Inputs& inputs, bool reverse, const Options& options)
+  Problem(const Device& device, int64_t cell_id, const Inputs& inputs, bool reverse,
+          const Options& options)
       : operands("x", inputs.x) {
     const Tensor &x = inputs.x, &w_hh = inputs.w_hh;
-    STD_TORCH_CHECK(!options.h_mask && !options.keep,
+    STD_TORCH_CHECK(device.masks || (!options.h_mask && !options.keep),
                     "fused_rnn: h_mask and keep are not implemented for this device");
+    STD_TORCH_CHECK(options.algorithm >= 0 && options.algorithm <= device.algorithms,
+                    "fused_rnn: this device has no algorithm ", options.algorithm);
     cell = shape_of(cell_id);
     io = io_type("x", x);
     carry = carry_type(io);
@@ -119,6 +123,7 @@ struct Problem {
                     to_string(w_hh.sizes().data(), w_hh.sizes().size()));
     layer.cell = int(cell_id);
     layer.reverse = reverse;
+    layer.tf32 = options.tf32;
     layer.H = w_hh.size(0) / cell.gates;
     layer.R = w_hh.size(1);
     layer.I = inputs.w_ih ? x.size(x.dim() - 1) : gates();
@@ -142,6 +147,10 @@ struct Problem {
     const auto rows = operands.get("rows", options.rows, {layer.T, layer.N}, ScalarType::Int);
     if (rows) check_rows(*rows, layer.M);
     layer.rows = static_cast<const int32_t*>(hold(rows));
+    layer.h_mask = hold(operands.get("h_mask", options.h_mask, {layer.N, layer.R}, io));
+    const int64_t states = layer.R + (cell.states - 1) * layer.H;
+    layer.keep = static_cast<const uint8_t*>(
+        hold(operands.get("keep", options.keep, {layer.T, layer.N, states}, ScalarType::Byte)));
   }
 
   int64_t gates() const { return cell.gates * layer.H; }
@@ -163,7 +172,7 @@ struct Problem {
 
 ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs, bool reverse,
                         bool save, const Options& options) {
-  Problem p(cell, inputs, reverse, options);
+  Problem p(device, cell, inputs, reverse, options);
   const Tensor& x = inputs.x;
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
   const bool saves_c = save && p.has_c(), saves_gates = save && p.cell.saved;
@@ -194,7 +203,7 @@ ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs
 BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wanted,
                                   const OutputGradients& grads, const Kept& kept,
                                   const Inputs& inputs, bool reverse, const Options& options) {
-  Problem p(cell, inputs, reverse, options);
+  Problem p(device, cell, inputs, reverse, options);
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R, I = p.layer.I;
   const Operands& operands = p.operands;
 

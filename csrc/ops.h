@@ -22,11 +22,15 @@ struct Device {
   void (*backward)(const BackwardArgs&, const Tensor& like);
   void (*step)(const StepArgs&, const Tensor& like);
   void (*step_backward)(const StepArgs&, const Tensor& like);
+  bool masks;          // it has h_mask and keep
+  int64_t algorithms;  // how many there are to choose among by number, from 1 on
 };
 
 // What acts inside the loop.
 struct Options {
   OptionalTensor control, rows, w_hr, h_mask, keep;
+  int64_t algorithm;  // 0: the device chooses
+  bool tf32;
 };
 
 // What a layer reads. Without w_ih, x is gx: the product itself.
@@ -80,9 +84,10 @@ template <const Device& kDevice>
 ForwardResult layer_op(int64_t cell, Tensor x, OptionalTensor w_ih, OptionalTensor b_ih,
                        Tensor w_hh, OptionalTensor b_hh, OptionalTensor h0, OptionalTensor c0,
                        bool reverse, bool save, OptionalTensor control, OptionalTensor rows,
-                       OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep) {
+                       OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep,
+                       int64_t algorithm, bool tf32) {
   return run_layer(kDevice, cell, {x, w_ih, b_ih, w_hh, b_hh, h0, c0}, reverse, save,
-                   {control, rows, w_hr, h_mask, keep});
+                   {control, rows, w_hr, h_mask, keep, algorithm, tf32});
 }
 
 template <const Device& kDevice>
@@ -91,10 +96,11 @@ BackwardResult layer_backward_op(int64_t cell, int64_t wanted, OptionalTensor dh
                                  Tensor saved, Tensor x, OptionalTensor w_ih, Tensor w_hh,
                                  OptionalTensor h0, OptionalTensor c0, bool reverse,
                                  OptionalTensor control, OptionalTensor rows, OptionalTensor w_hr,
-                                 OptionalTensor h_mask, OptionalTensor keep) {
+                                 OptionalTensor h_mask, OptionalTensor keep, int64_t algorithm,
+                                 bool tf32) {
   return run_layer_backward(kDevice, cell, wanted, {dh, dc, dh_n, dc_n}, {h, c, saved},
                             {x, w_ih, std::nullopt, w_hh, std::nullopt, h0, c0}, reverse,
-                            {control, rows, w_hr, h_mask, keep});
+                            {control, rows, w_hr, h_mask, keep, algorithm, tf32});
 }
 
 template <const Device& kDevice>

@@ -6,14 +6,15 @@ namespace fused_rnn {
 inline constexpr const char* kLayerSchema =
     "layer(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, Tensor? h0, "
     "Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, Tensor? w_hr, "
-    "Tensor? h_mask, Tensor? keep) "
+    "Tensor? h_mask, Tensor? keep, int algorithm, bool tf32) "
     "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)";
 
 inline constexpr const char* kLayerBackwardSchema =
     "layer_backward(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
     "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
     "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
-    "Tensor? keep) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dw_hh, Tensor db_hh, "
+    "Tensor? keep, int algorithm, bool tf32) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor "
+    "dw_hh, Tensor db_hh, "
     "Tensor dh0, Tensor dc0, Tensor dw_hr)";
 
 inline constexpr const char* kStepSchema =

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import reference
+from .backends import cudnn, reference
 from .cells import Cell
 
 ops = torch.ops.fused_rnn
+
+# What acts inside the loop beside the weights, in the order in which a layer's Function takes it.
+_MASKS = ("control", "rows", "h_mask", "keep")
 
 
 class _Layer(torch.autograd.Function):
@@ -24,41 +27,42 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh, dc, dh_n, dc_n, _):
-        control, rows, *inputs, h, c, saved = ctx.saved_tensors
-        loop = {"reverse": ctx.reverse, "control": control, "rows": rows}
-        grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[4:]
+        masks, inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:-3], ctx.saved_tensors[-3:]
+        grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[7:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            loop = {"reverse": ctx.reverse, **dict(zip(_MASKS, masks, strict=True))}
             found = _differentiable_backward(ctx.cell, inputs, grads, needs, loop)
         else:
-            found = _backward(ctx.cell, inputs, grads, (h, c, saved), needs, loop)
-        return None, None, None, None, *found
+            found = _backward(ctx.cell, inputs, grads, kept, needs, ctx.reverse, masks, ctx.how)
+        return None, None, None, None, None, None, None, *found
 
 
 class _LayerInTransform(_Layer):
     """The form that ``torch.func`` asks for; its ``apply`` takes 200 us to bind the arguments."""
 
     @staticmethod
-    def forward(cell: Cell, reverse: bool, control, rows, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr):
-        inputs, options = (x, w_ih, b_ih, w_hh, b_hh, h0, c0), (control, rows, w_hr, None, None)
-        return ops.layer(cell.id, *inputs, reverse, True, *options)
+    def forward(cell: Cell, reverse: bool, how, control, rows, h_mask, keep, *inputs):
+        options = (control, rows, inputs[-1], h_mask, keep)
+        return ops.layer(cell.id, *inputs[:-1], reverse, True, *options, *how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.cell, ctx.reverse, *tensors = inputs
+        ctx.cell, ctx.reverse, ctx.how, *tensors = inputs
         h, c, _, c_n, saved = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c, c_n)))
         ctx.save_for_backward(*tensors, h, c, saved)
 
 
-def _backward(cell: Cell, inputs, grads, kept, needs, loop) -> tuple[Tensor | None, ...]:
+def _backward(cell: Cell, inputs, grads, kept, needs, reverse, masks, how):
     x, w_ih, _, w_hh, _, h0, c0, w_hr = inputs
     # The op's gradients stand in the order of the inputs; its bits leave out the states'.
     bits = (1, 2, 4, 8, 16, 0, 0, 32)
     wanted = sum(bit for bit, need in zip(bits, needs, strict=True) if need)
-    options = (*loop.values(), w_hr, None, None)
+    control, rows, h_mask, keep = masks
+    options = (reverse, control, rows, w_hr, h_mask, keep)
     inputs = (x, w_ih, w_hh, h0, c0)
-    found = list(ops.layer_backward(cell.id, wanted, *grads, *kept, *inputs, *options))
+    found = list(ops.layer_backward(cell.id, wanted, *grads, *kept, *inputs, *options, *how))
     if needs[5]:
         found[5] = found[5].to(h0.dtype)
     if needs[6]:
@@ -171,22 +175,28 @@ def layer(
     control: Tensor | None = None,
     rows: Tensor | None = None,
     w_hr: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    keep: Tensor | None = None,
+    algorithm: int = 0,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
 
     Args:
         x: the layer's input ``[T,N,I]``, or without ``w_ih`` its product ``gx`` ``[T,N,G*H]``.
+        algorithm: number of one of the device's algorithms, 0 for its own choice. Default: 0
 
     Returns:
         ``h, c, h_n, c_n``. ``c`` is ``None`` for cells without one, and where no gradient is
         needed, since nothing then keeps the cell states.
     """
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
+    how = (algorithm, x.is_cuda and cudnn.allows_tf32())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         function = _LayerInTransform if _in_transform() else _Layer
-        h, c, h_n, c_n, _ = function.apply(cell, reverse, control, rows, *tensors)
+        masks = (control, rows, h_mask, keep)
+        h, c, h_n, c_n, _ = function.apply(cell, reverse, how, *masks, *tensors)
     else:
-        inputs, options = (x, w_ih, b_ih, w_hh, b_hh, h0, c0), (control, rows, w_hr, None, None)
-        h, c, h_n, c_n, _ = ops.layer(cell.id, *inputs, reverse, False, *options)
+        options = (control, rows, w_hr, h_mask, keep)
+        h, c, h_n, c_n, _ = ops.layer(cell.id, *tensors[:-1], reverse, False, *options, *how)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import Problem, requested, select, torch_nn
+from .backends import Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
 
 
@@ -68,7 +68,8 @@ def rnn(
     if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
         chosen = torch_nn
     else:
-        chosen = select(problem, requested(backend))
+        backend = requested(backend)
+        chosen = select(problem, backend)
     if hasattr(chosen, "stack"):
         return chosen.stack(
             cell,
@@ -101,6 +102,7 @@ def rnn(
                 weights[k],
                 reverse=direction == 1,
                 rows=rows,
+                **algorithm(backend),
             )
             outputs.append(h)
             finals.append(final)
@@ -220,9 +222,7 @@ def _layer(
     input: Tensor,
     states: States | None,
     w: Weights,
-    *,
-    reverse: bool = False,
-    rows: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, States]:
     """One layer in one direction, in the dtype that autocast gives its GEMMs."""
     dtype = autocast_dtype(input) or input.dtype
@@ -241,9 +241,8 @@ def _layer(
         c0,
         w_ih=w.w_ih,
         b_ih=w.b_ih,
-        reverse=reverse,
-        rows=rows,
         w_hr=w.w_hr,
+        **options,
     )
     return h, (h_n,) if c_n is None else (h_n, c_n)
 

@@ -73,10 +73,27 @@ _BY_ID = {cell.id: cell for cell in CELLS.values()}
 
 
 def _fake_layer(
-    cell, x, w_ih, b_ih, w_hh, b_hh, h0, c0, reverse, save, control, rows, w_hr, h_mask, keep
+    cell,
+    x,
+    w_ih,
+    b_ih,
+    w_hh,
+    b_hh,
+    h0,
+    c0,
+    reverse,
+    save,
+    control,
+    rows,
+    w_hr,
+    h_mask,
+    keep,
+    algorithm,
+    tf32,
 ) -> tuple[Tensor, ...]:
     weights = {"w_ih": w_ih, "b_ih": b_ih, "w_hh": w_hh, "b_hh": b_hh, "w_hr": w_hr}
-    _one_device("x", x.device, **weights, h0=h0, c0=c0, control=control, rows=rows)
+    options = {"control": control, "rows": rows, "h_mask": h_mask, "keep": keep}
+    _one_device("x", x.device, **weights, h0=h0, c0=c0, **options)
     spec = _BY_ID[cell]
     hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
     lead, batch = x.shape[:-1], (x if rows is None else rows).shape[1]
@@ -112,11 +129,13 @@ def _fake_layer_backward(
     w_hr,
     h_mask,
     keep,
+    algorithm,
+    tf32,
 ) -> tuple[Tensor, ...]:
     grads = {"dh": dh, "dc": dc, "dh_n": dh_n, "dc_n": dc_n}
     inputs = {"w_ih": w_ih, "w_hh": w_hh, "h0": h0, "c0": c0, "w_hr": w_hr}
-    kept = {"h": h, "c": c, "saved": saved, "control": control, "rows": rows}
-    _one_device("x", x.device, **grads, **inputs, **kept)
+    options = {"control": control, "rows": rows, "h_mask": h_mask, "keep": keep}
+    _one_device("x", x.device, **grads, **inputs, h=h, c=c, saved=saved, **options)
     spec = _BY_ID[cell]
     gates, width = w_hh.shape
     hidden, batch = gates // spec.gates, (x if rows is None else rows).shape[1]

@@ -68,11 +68,14 @@ class Problem:
         return self.T * max(self.N, self.cell.gates * self.H)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        return replace(
-            self,
-            operands={k: x if x is None else x.to(dtype) for k, x in self.operands.items()},
-            grads={k: x.to(dtype) for k, x in self.grads.items()},
-        )
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        groups = ("operands", "grads", "options")
+        cast_groups = {
+            group: {name: cast(x) for name, x in getattr(self, group).items()} for group in groups
+        }
+        return replace(self, **cast_groups)
 
     def arguments(self) -> tuple[Any, ...]:
         return (self.cell, *(self.operands[name] for name in OPERANDS))
@@ -80,13 +83,13 @@ class Problem:
     def keywords(self) -> dict[str, Any]:
         return self.options | {name: self.operands[name] for name in KEYWORDS}
 
-    def op_arguments(self, *, save: bool = True) -> list[Any]:
+    def op_arguments(self, *, save: bool = True, tf32: bool = False) -> list[Any]:
         """What torch.ops.fused_rnn.layer takes."""
         names = ("x", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0")
         tensors = [self.operands[name] for name in names]
-        control, rows = self.options.get("control"), self.options.get("rows")
-        options = (control, rows, self.operands["w_hr"], None, None)
-        return [self.cell.id, *tensors, self.options["reverse"], save, *options]
+        masks = [self.options.get(name) for name in ("control", "rows", "h_mask", "keep")]
+        masks.insert(2, self.operands["w_hr"])
+        return [self.cell.id, *tensors, self.options["reverse"], save, *masks, 0, tf32]
 
 
 def make_problem(
@@ -101,6 +104,8 @@ def make_problem(
     control: bool = False,
     rows: str = "",
     product: bool = False,
+    h_mask: bool = False,
+    keep: bool = False,
 ) -> Problem:
     """Draw a problem.
 
@@ -111,6 +116,8 @@ def make_problem(
         rows: ``"packed"`` for sequences of random length (0 and T among them) in the order of a
             PackedSequence, ``"scattered"`` for holes anywhere and rows in random order.
         product: leave the product of the input with ``w_ih`` to the layer.
+        h_mask: recurrent dropout with probability 0.3.
+        keep: zoneout of three elements in ten.
     """
     T, N, H = shape
     spec, G, R = CELLS[cell], CELLS[cell].gates, P or H
@@ -145,6 +152,10 @@ def make_problem(
         options["control"] = _control(T, N)
     if rows:
         options["rows"] = _rows(live, shuffled=rows == "scattered")
+    if h_mask:
+        options["h_mask"] = (torch.rand(N, R) < 0.7) / (1.0 if exact else 0.7)
+    if keep:
+        options["keep"] = (torch.rand(T, N, R + (spec.states - 1) * H) < 0.3).byte()
     return Problem(spec, T, N, H, operands, grads, options).to(dtype)
 
 
@@ -183,6 +194,8 @@ def torch_layer(
     control: Tensor | None = None,
     rows: Tensor | None = None,
     w_hr: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """The layer by torch's own cells, all in the dtype of ``x``.
 
@@ -209,7 +222,10 @@ def torch_layer(
         clear, hold, cut = ((control[t] & bit).bool().unsqueeze(-1) for bit in (CLEAR, HOLD, CUT))
         hold = hold | ~live[t].unsqueeze(-1)
         entering = [torch.where(clear, 0.0, torch.where(cut, s.detach(), s)) for s in states]
-        after = _torch_step(cell, padded[t], entering, weights, w_hr)
+        after = _torch_step(cell, padded[t], entering, weights, w_hr, h_mask)
+        if keep is not None:
+            kept = keep[t].bool().split([s.size(1) for s in states], -1)
+            after = list(map(torch.where, kept, entering, after))
         shown.append([torch.where(hold, 0.0, s) for s in after])
         states = [torch.where(hold, old, new) for old, new in zip(states, after, strict=True)]
     if reverse:
@@ -236,7 +252,19 @@ def _torch_step(
     states: list[Tensor],
     weights: tuple[Tensor | None, ...],
     w_hr: Tensor | None,
+    h_mask: Tensor | None,
 ) -> list[Tensor]:
+    if h_mask is not None:
+        # torch's cells read one h for all purposes: a mask on the way into the product is one on
+        # the columns of its weight, another for each row.
+        w_ih, w_hh, *biases = weights
+        each = []
+        for row, mask, *entering in zip(
+            x.split(1), h_mask, *(s.split(1) for s in states), strict=True
+        ):
+            masked = (w_ih, w_hh * mask, *biases)
+            each.append(_torch_step(cell, row, entering, masked, w_hr, None))
+        return [torch.cat(state) for state in zip(*each, strict=True)]
     if cell.states == 1:
         return [torch_cell(cell, x, states[0], None, *weights)[0]]
     if w_hr is None:

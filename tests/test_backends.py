@@ -13,6 +13,7 @@ import fused_rnn
 from fused_rnn import backends
 from fused_rnn.backends import BACKENDS
 from fused_rnn.cells import CELLS
+from fused_rnn.plan import KNOWN_DEVICES
 
 
 def chosen(module, input=None, hx=None):
@@ -308,3 +309,44 @@ def test_four_threads_train_at_once_each_on_its_own_backend():
         thread.join(60)
         assert not thread.is_alive(), "hung"
     assert not failures
+
+
+def test_an_algorithm_is_asked_for_after_a_colon(monkeypatch):
+    asked = backends.Problem(
+        cell="lstm", dtype=torch.bfloat16, device="cuda", T=64, N=16, I=512, H=512, P=0, layers=1,
+        directions=1, grad=False, packed=False, compiling=False,
+    )  # fmt: skip
+    monkeypatch.setattr(backends.cuda, "available", lambda: None)
+    monkeypatch.setattr(backends.cuda, "_described_device", lambda: KNOWN_DEVICES["H200"])
+    chosen, why = backends.choose(asked, "cuda:stepwise")
+    assert (chosen.NAME, why) == ("cuda", "asked for")
+    with pytest.raises(RuntimeError, match=r"'cuda:grid' cannot run this: .*not built yet"):
+        backends.choose(asked, "cuda:grid")
+    with pytest.raises(RuntimeError, match=r"'cuda:cluster' .* no projection"):
+        backends.choose(asked._replace(P=64), "cuda:cluster")
+    with pytest.raises(RuntimeError, match="a single step has no time loop"):
+        backends.choose(asked._replace(T=0), "cuda:grid")
+    assert backends.choose(asked._replace(T=0), "cuda:stepwise")[0].NAME == "cuda"
+    monkeypatch.setattr(backends.cuda, "_described_device", lambda: None)
+    with pytest.raises(RuntimeError, match="nothing is known of the current GPU"):
+        backends.choose(asked, "cuda:grid")
+
+
+@pytest.mark.parametrize("name", ["cuda:", "cuda:fast", "cpu:stepwise", "auto:stepwise", ":grid"])
+def test_an_unknown_algorithm_is_refused_with_the_names_there_are(name):
+    with pytest.raises(ValueError, match=r"expected one of 'auto', .*'cuda:stepwise'"):
+        fused_rnn.LSTM(3, 4, backend=name)
+    with pytest.raises(ValueError, match=r"unknown backend"):
+        fused_rnn.use_backend(name)
+
+
+def test_the_algorithm_asked_for_reaches_the_layer(monkeypatch):
+    """On a GPU that is played by the CPU's kernels, which have no algorithm of that number."""
+    monkeypatch.setattr(backends.cuda, "available", lambda: None)
+    monkeypatch.setattr(backends.cuda, "supports", lambda _: None)
+    x, ours = torch.randn(3, 2, 5), fused_rnn.GRU(5, 4, backend="cuda:stepwise")
+    with pytest.raises(RuntimeError, match="this device has no algorithm 1"):
+        ours(x)
+    with pytest.raises(RuntimeError, match="this device has no algorithm 1"), torch.no_grad():
+        ours(x)
+    assert fused_rnn.GRU(5, 4, backend="cuda")(x)[0].shape == (3, 2, 4)

@@ -113,3 +113,34 @@ def test_the_explanation_holds_the_plan_of_a_known_gpu(processors, known, monkey
     text = backends.torch_nn.explain(problem(cell="gru"))
     assert "cuDNN" in text
     assert cudnn.STANDARD in text
+
+
+@pytest.fixture
+def tf32_flag():
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+    yield rnn
+    rnn.fp32_precision = before
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tf32_follows_torchs_flag(compiled, tf32_flag):
+    """Also in a compiled graph, which is made anew when the flag changes."""
+
+    def shifted(x):
+        return x + 1 if cudnn.allows_tf32() else x - 1
+
+    function = torch.compile(shifted, backend="eager", fullgraph=True) if compiled else shifted
+    for value, expected in (("tf32", 1), ("ieee", -1), ("tf32", 1)):
+        tf32_flag.fp32_precision = value
+        assert function(torch.zeros(())) == expected
+
+
+def test_tf32_follows_the_older_flag_too():
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cudnn.allow_tf32 = allowed
+            assert cudnn.allows_tf32() == allowed
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -4,7 +4,7 @@ where there is a GPU and the library, on that."""
 import pytest
 import torch
 from emulator import build
-from layers import check, make_problem, projects, run
+from layers import check, make_problem, oracle_layer, projects, run
 from numerics import DTYPES, cases
 
 from fused_rnn import autograd
@@ -58,9 +58,86 @@ def layer(machine, monkeypatch):
     states=(False, True),
     bias=(False, True),
     product=(False, True),
+    h_mask=(False, True),
+    keep=(False, True),
 )
 def test_outputs_and_gradients(case, layer):
     check(layer, make_problem(**case))
+
+
+@cases(
+    projects,
+    cell=CELLS,
+    P=(0, 19),
+    reverse=(False, True),
+    control=(False, True),
+    rows=("", "packed", "scattered"),
+    h_mask=(False, True),
+    keep=(False, True),
+)
+def test_dropout_and_zoneout_in_float64(case, layer):
+    """Where a gradient that goes astray cannot hide in rounding."""
+    problem = make_problem(dtype=torch.float64, shape=(6, 3, 20), product=True, **case)
+    ours, oracle = run(layer, problem), run(oracle_layer, problem)
+    for name, expected in oracle.items():
+        torch.testing.assert_close(ours[name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def error(problem, ops, device, *, tf32):
+    """Largest error of a layer's output and of its weight's gradient."""
+    exact = run(oracle_layer, problem.to(torch.float64))
+    forward = [
+        x.to(device) if isinstance(x, torch.Tensor) else x for x in problem.op_arguments(tf32=tf32)
+    ]
+    h, c, _, _, saved = ops.layer(*forward)
+    _, x, w_ih, _, w_hh, _, h0, c0, reverse, _, *options = forward
+    dh, dc, dh_n, dc_n = (problem.grads[name].to(device) for name in ("h", "c", "h_n", "c_n"))
+    kept, inputs = (h, c, saved), (x, w_ih, w_hh, h0, c0, reverse)
+    found = ops.layer_backward(problem.cell.id, 63, dh, dc, dh_n, dc_n, *kept, *inputs, *options)
+    pairs = (h, exact["h"]), (found[3], exact["dw_hh"])
+    return [float((ours.cpu().double() - right).abs().max()) for ours, right in pairs]
+
+
+def test_tf32_only_where_it_is_allowed(machine):
+    """float32 has a mantissa of 24 bits, TF32 one of 11."""
+    problem = make_problem("lstm", torch.float32, (5, 4, 64), product=True)
+    if machine[1] == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU has no TF32")
+    for exact, coarse in zip(
+        error(problem, *machine, tf32=False), error(problem, *machine, tf32=True), strict=True
+    ):
+        assert exact < 2e-5
+        assert 2e-4 < coarse < 2e-2
+
+
+@pytest.mark.parametrize("rows", ["", "packed"])
+@pytest.mark.parametrize("name", ["h_mask", "keep"])
+def test_masks_of_wrong_sizes_or_dtypes_are_refused(name, rows, machine):
+    ops, device = machine
+    problem = make_problem(
+        "lstm", torch.float32, (3, 2, 8), P=5, rows=rows, h_mask=True, keep=True, product=True
+    )
+    mask = problem.options[name]
+    wrong = [mask[:-1], mask[..., :-1], torch.cat([mask, mask[:1]]), mask.unsqueeze(0)]
+    wrong += [mask.to(torch.float64), mask.to(torch.int32)]
+    for value in wrong:
+        problem.options[name] = value
+        arguments = problem.op_arguments()
+        arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
+        with pytest.raises(RuntimeError, match=f"fused_rnn: {name} has"):
+            ops.layer(*arguments)
+
+
+@pytest.mark.parametrize("number", [-1, 2, 99])
+def test_an_algorithm_that_does_not_exist_is_refused(number, machine):
+    ops, device = machine
+    arguments = make_problem("gru", torch.float32, (3, 2, 8)).op_arguments()
+    arguments = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
+    arguments[-2] = number
+    with pytest.raises(RuntimeError, match=f"this device has no algorithm {number}"):
+        ops.layer(*arguments)
+    arguments[-2] = 1
+    assert len(ops.layer(*arguments)) == 5
 
 
 @pytest.mark.parametrize("shape", EMPTY, ids=str)

@@ -64,6 +64,8 @@ def test_outputs_and_gradients(case):
     control=(False, True),
     rows=ROWS,
     states=(False, True),
+    h_mask=(False, True),
+    keep=(False, True),
 )
 def test_the_oracle_does_what_torchs_cells_do(case):
     problem = make_problem(dtype=torch.float64, **case)

@@ -140,9 +140,10 @@ def test_every_op_is_checked():
 
 
 # The ops' arguments, in the order of their schemas.
-LAYER = "cell x w_ih b_ih w_hh b_hh h0 c0 reverse save control rows w_hr h_mask keep"
+LAYER = "cell x w_ih b_ih w_hh b_hh h0 c0 reverse save control rows w_hr h_mask keep algorithm tf32"
 LAYER_BACKWARD = (
-    "cell wanted dh dc dh_n dc_n h c saved x w_ih w_hh h0 c0 reverse control rows w_hr h_mask keep"
+    "cell wanted dh dc dh_n dc_n h c saved x w_ih w_hh h0 c0 reverse control rows w_hr h_mask keep "
+    "algorithm tf32"
 )
 OPERANDS = ("w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0", "control", "rows", "w_hr")
 
@@ -242,6 +243,11 @@ def test_dropout_and_zoneout_are_refused_so_far():
         assert "not implemented" in message
 
 
+def test_the_cpu_has_no_algorithms_to_choose_among():
+    message = refused(ops.layer, LAYER, template("")[0], "algorithm", lambda _: 1)
+    assert "no algorithm 1" in message
+
+
 @pytest.mark.parametrize("op", ["layer", "layer_backward"])
 @pytest.mark.parametrize("wrong", ["twice", "beyond", "far beyond", "missing"])
 def test_each_row_belongs_to_one_step(op, wrong):
@@ -265,12 +271,12 @@ def test_empty_weights_are_refused():
     with pytest.raises(RuntimeError, match="must not be empty"):
         torch.ops.fused_rnn.layer(
             2, x, None, None, torch.randn(16, 0), None, None, None, False, True, None, None,
-            torch.randn(0, 4), None, None,
+            torch.randn(0, 4), None, None, 0, False,
         )  # fmt: skip
     with pytest.raises(RuntimeError, match="must not be empty"):
         torch.ops.fused_rnn.layer(
             2, x[..., :0], torch.randn(16, 0), None, torch.randn(16, 4), None, None, None, False,
-            True, None, None, None, None, None,
+            True, None, None, None, None, None, 0, False,
         )  # fmt: skip
 
 
@@ -280,5 +286,5 @@ def test_a_state_of_a_third_dtype_is_refused(state):
     with pytest.raises(RuntimeError, match="h0 has another dtype"):
         torch.ops.fused_rnn.layer(
             2, x, None, None, w_hh, None, torch.randn(3, 4, dtype=state), None, False, True, None,
-            None, None, None, None,
+            None, None, None, None, 0, False,
         )  # fmt: skip

@@ -30,25 +30,25 @@ void dispatch(int cell, ScalarType io, Run run) {
 template <class Machine>
 struct Ops {
   static void forward(const ForwardArgs& args, const Tensor& like) {
-    Machine machine(like);
+    Machine machine(like, args.tf32);
     dispatch(args.cell, like.scalar_type(), [&](auto cell, auto scalar) {
       cuda::forward<decltype(cell), decltype(scalar)>(args, machine);
     });
   }
   static void backward(const BackwardArgs& args, const Tensor& like) {
-    Machine machine(like);
+    Machine machine(like, args.tf32);
     dispatch(args.cell, like.scalar_type(), [&](auto cell, auto scalar) {
       cuda::backward<decltype(cell), decltype(scalar)>(args, machine);
     });
   }
   template <bool kBackward>
   static void step(const StepArgs& args, const Tensor& like) {
-    Machine machine(like);
+    Machine machine(like, false);
     dispatch(args.cell, like.scalar_type(), [&](auto cell, auto scalar) {
       machine.launch(one_step<decltype(cell), decltype(scalar), kBackward>, args.H, args.N, args);
     });
   }
-  static constexpr Device kDevice = {forward, backward, step<false>, step<true>};
+  static constexpr Device kDevice = {forward, backward, step<false>, step<true>, true, 1};
 };
 
 }  // namespace fused_rnn::cuda

@@ -70,7 +70,9 @@ struct ColumnMajor {
 struct StepRows {
   const uint8_t* control;  // [N], or null
   const int32_t* rows;     // [N], or null
+  const uint8_t* keep;     // [N, states], or null
   int64_t first;           // without rows, the first row; the others follow
+  int64_t states;          // of one row, all states together
 
   FUSED_RNN_DEVICE uint8_t bits(int64_t n) const {
     return control ? load(control + n) : uint8_t(0);
@@ -79,16 +81,46 @@ struct StepRows {
   FUSED_RNN_DEVICE int64_t index(int64_t n) const { return rows ? load(rows + n) : first + n; }
   FUSED_RNN_DEVICE bool holds(int64_t n) const { return (bits(n) & kHold) || index(n) < 0; }
   FUSED_RNN_DEVICE bool clears(int64_t n) const { return (bits(n) & kClear) && !holds(n); }
+  // Whether element `state` of all states of a row stays as it was.
+  FUSED_RNN_DEVICE bool keeps(int64_t n, int64_t state) const {
+    return keep && load(keep + n * states + state);
+  }
   // Whether a gradient reaches the state before.
   FUSED_RNN_DEVICE bool passes(int64_t n) const {
     return !holds(n) && !(bits(n) & (kClear | kCut));
   }
 };
 
-// The step'th step in the order in which forward runs.
-inline StepRows step_rows(const Layer& a, int64_t step) {
-  const int64_t t = a.reverse ? a.T - 1 - step : step;
-  return {a.control ? a.control + t * a.N : nullptr, a.rows ? a.rows + t * a.N : nullptr, t * a.N};
+// What acts inside the loop, for all steps.
+struct Loop {
+  const uint8_t* control;
+  const int32_t* rows;
+  const uint8_t* keep;
+  int64_t T, N, states;
+  bool reverse;
+
+  Loop() = default;
+  Loop(const Layer& a, int64_t states)
+      : control(a.control),
+        rows(a.rows),
+        keep(a.keep),
+        T(a.T),
+        N(a.N),
+        states(states),
+        reverse(a.reverse) {}
+
+  // The step'th step in the order in which forward runs.
+  FUSED_RNN_FN StepRows step(int64_t step) const {
+    const int64_t t = reverse ? T - 1 - step : step;
+    return {control ? control + t * N : nullptr, rows ? rows + t * N : nullptr,
+            keep ? keep + t * N * states : nullptr, t * N, states};
+  }
+};
+
+// A hidden state on its way into the recurrent product, or a gradient on its way back.
+template <class T>
+FUSED_RNN_DEVICE arithmetic_t<T> masked(const T* h_mask, int64_t at, arithmetic_t<T> x) {
+  return h_mask ? x * read(h_mask, at) : x;
 }
 
 inline constexpr int kThreads = 128;

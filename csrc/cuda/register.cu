@@ -1,6 +1,5 @@
 // The CUDA implementation of the ops: torch's memory and stream, and cuBLAS on torch's own handle,
-// whose stream and workspace torch has set, and whether float32 may be multiplied in TF32. Nothing
-// here waits for the device.
+// whose stream and workspace torch has set. Nothing here waits for the device.
 #define USE_CUDA  // the shims that exist in torch's CUDA builds
 
 #include <cuda_runtime.h>
@@ -26,16 +25,22 @@ namespace cublas {
 enum Operation : int { kPlain = 0, kTransposed = 1 };
 enum Type : int { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 14 };
 enum Compute : int { kCompute32 = 68, kCompute64 = 70 };
+// Sums are never rounded to a half type on the way, also where parts of K are summed apart.
+enum Math : int { kFullSums = 16, kTf32 = 3 };
 constexpr int kDefaultAlgorithm = -1;
 using Gemm = int (*)(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha,
                      const void* a, int a_type, int lda, const void* b, int b_type, int ldb,
                      const void* beta, void* c, int c_type, int ldc, int compute, int algorithm);
 
-Gemm find_gemm() {
-  // Found through libtorch, which this library needs and which brings cuBLAS.
-  static const Gemm gemm = reinterpret_cast<Gemm>(dlsym(RTLD_DEFAULT, "cublasGemmEx"));
-  STD_TORCH_CHECK(gemm, "fused_rnn: this torch comes without cuBLAS (cublasGemmEx was not found)");
-  return gemm;
+using SetMathMode = int (*)(void* handle, int mode);
+
+// Found through libtorch, which this library needs and which brings cuBLAS.
+template <class Function>
+Function find(const char* name) {
+  const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+  STD_TORCH_CHECK(function, "fused_rnn: this torch comes without cuBLAS (", name,
+                  " was not found)");
+  return function;
 }
 
 template <class T>
@@ -52,13 +57,15 @@ void check(cudaError_t error, const char* what) {
 
 class CudaMachine {
   const Tensor& like_;
+  const bool tf32_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
   void* blas_ = nullptr;
   std::vector<Tensor> memory_;  // torch frees it in the order of the stream
 
  public:
-  explicit CudaMachine(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
+  CudaMachine(const Tensor& like, bool tf32)
+      : like_(like), tf32_(tf32), guard_(like.get_device_index()) {
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
@@ -99,7 +106,8 @@ class CudaMachine {
     const auto operation = [](bool transposed) {
       return transposed ? cublas::kTransposed : cublas::kPlain;
     };
-    const int status = cublas::find_gemm()(
+    static const auto gemm = cublas::find<cublas::Gemm>("cublasGemmEx");
+    const int status = gemm(
         handle(), operation(c.first_transposed), operation(c.second_transposed), int(c.m), int(c.n),
         int(c.k), &one, b, cublas::type_of<T>(), int(c.first_stride), a, cublas::type_of<T>(),
         int(c.second_stride), &zero, out, cublas::type_of<Out>(), int(c.out_stride),
@@ -109,8 +117,13 @@ class CudaMachine {
   }
 
  private:
+  // With the products' arithmetic set: torch sets its own whenever it takes the handle.
   void* handle() {
-    if (!blas_) STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas_));
+    if (blas_) return blas_;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas_));
+    static const auto set_math = cublas::find<cublas::SetMathMode>("cublasSetMathMode");
+    const int status = set_math(blas_, cublas::kFullSums | (tf32_ ? cublas::kTf32 : 0));
+    STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to cublasSetMathMode");
     return blas_;
   }
 };

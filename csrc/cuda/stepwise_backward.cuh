@@ -12,20 +12,16 @@ inline constexpr int64_t kInitial = -1, kZero = -2;
 template <class T>
 struct BackwardLayer {
   using A = arithmetic_t<T>;
-  const uint8_t* control;
-  const int32_t* rows;
-  int64_t T_, N, H, R;
-  bool reverse;
+  Loop loop;
+  int64_t N, H, R;
   const T *h, *c, *saved, *h0, *c0;  // h0, c0: or null, zero
+  const T* h_mask;                   // [N, R], or null
   const int64_t* previous;           // [T, N], or null: the step before of the same sequence
 
-  FUSED_RNN_DEVICE StepRows step(int64_t step) const {
-    const int64_t t = reverse ? T_ - 1 - step : step;
-    return {control ? control + t * N : nullptr, rows ? rows + t * N : nullptr, t * N};
-  }
+  FUSED_RNN_DEVICE StepRows step(int64_t step) const { return loop.step(step); }
   FUSED_RNN_DEVICE int64_t before(int64_t step, int64_t n, int64_t index) const {
     if (previous) return load(previous + step * N + n);
-    return step == 0 ? kInitial : index + (reverse ? N : -N);
+    return step == 0 ? kInitial : index + (loop.reverse ? N : -N);
   }
   FUSED_RNN_DEVICE A state(const T* states, const T* initial, int64_t before, int64_t n,
                            int64_t width, int64_t unit) const {
@@ -41,7 +37,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1)
   const int64_t n = Place().unit;
   if (n >= a.N) return;
   int64_t last = kInitial;
-  for (int64_t step = 0; step < a.T_; ++step) {
+  for (int64_t step = 0; step < a.loop.T; ++step) {
     const StepRows now = a.step(step);
     store(previous + step * a.N + n, now.clears(n) ? kZero : last);
     if (!now.holds(n)) last = now.index(n);
@@ -70,7 +66,7 @@ template <class T>
 FUSED_RNN_DEVICE arithmetic_t<T> carried_gradient(const BackwardStep<T>& a, int64_t n, int64_t r) {
   const int64_t at = n * a.layer.R + r;
   if (a.last || !a.layer.step(a.step + 1).passes(n)) return read(a.dh0, at);
-  return read(a.dh0, at) + read(a.product, at);
+  return read(a.dh0, at) + masked(a.layer.h_mask, at, read(a.product, at));
 }
 
 // dL/dh of the projected states of a step.
@@ -82,15 +78,15 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1) gather_projected(BackwardS
   if (r >= R) return;
   const StepRows now = a.layer.step(a.step);
   for (int64_t n = place.first_row; n < a.layer.N; n += place.stride) {
-    A dh = carried_gradient(a, n, r);
+    A dh = carried_gradient(a, n, r), past = 0;  // past: what does not pass through the products
     const int64_t index = now.index(n);
-    if (now.holds(n)) {
-      write(a.dh0, n * R + r, dh);
+    const bool holds = now.holds(n);
+    if (!holds && a.dh) dh += read(a.dh, index * R + r);
+    if (holds || now.keeps(n, r)) {
+      past = holds || now.passes(n) ? dh : A(0);
       dh = A(0);
-    } else {
-      if (a.dh) dh += read(a.dh, index * R + r);
-      write(a.dh0, n * R + r, A(0));  // all of it passes through the products
     }
+    write(a.dh0, n * R + r, past);
     write(a.dh_step, n * R + r, dh);
     if (a.dh_all && index >= 0) write(a.dh_all, index * R + r, dh);
   }
@@ -110,13 +106,18 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<T>& a, int64_t n, int64_t
     for (int g = 0; g < G; ++g) dgx[g] = dgh[g] = A(0);
   } else {
     A ds1[Cell::kStates], ds[Cell::kStates], s[Cell::kStates], s1[Cell::kStates] = {}, saved[4];
+    A past[Cell::kStates] = {};  // gradients of states that stayed as they were
+    const auto pass_by = [&](int i) { past[i] = ds1[i], ds1[i] = A(0); };
     const int64_t before = layer.before(a.step, n, index);
+    for (int i = 0; i < Cell::kSaved; ++i)
+      saved[i] = read(layer.saved, (index * Cell::kSaved + i) * H + unit);
     if (a.dh_step) {
       ds1[0] = read(a.dh_projected, at);
     } else {
       ds1[0] = carried_gradient(a, n, unit);
       if (a.dh) ds1[0] += read(a.dh, index * H + unit);
       s1[0] = read(layer.h, index * H + unit);
+      if (now.keeps(n, unit)) pass_by(0);
     }
     if constexpr (Cell::kHiddenIsElementwise)
       s[0] = layer.state(layer.h, layer.h0, before, n, H, unit);
@@ -125,15 +126,17 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<T>& a, int64_t n, int64_t
       if (a.dc) ds1[1] += read(a.dc, index * H + unit);
       s[1] = layer.state(layer.c, layer.c0, before, n, H, unit);
       s1[1] = read(layer.c, index * H + unit);
+      if (now.keeps(n, layer.R + unit)) {
+        pass_by(1);
+        s1[1] = Cell::next_c(saved, s[1]);
+      }
     }
-    for (int i = 0; i < Cell::kSaved; ++i)
-      saved[i] = read(layer.saved, (index * Cell::kSaved + i) * H + unit);
 
     Cell::backward(ds1, saved, s, s1, dgx, dgh, ds);
 
     const bool passes = now.passes(n);
-    if (!a.dh_step) write(a.dh0, at, passes ? ds[0] : A(0));
-    if constexpr (Cell::kStates == 2) write(a.dc0, at, passes ? ds[1] : A(0));
+    if (!a.dh_step) write(a.dh0, at, passes ? ds[0] + past[0] : A(0));
+    if constexpr (Cell::kStates == 2) write(a.dc0, at, passes ? ds[1] + past[1] : A(0));
   }
   for (int g = 0; g < G; ++g) {
     const int64_t gate = g * H + unit;
@@ -184,26 +187,36 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1)
     gather_operands(BackwardLayer<T> a, T* operands) {
   const Place place;
   if (place.unit >= a.R) return;
-  for (int64_t i = place.first_row; i < a.T_ * a.N; i += place.stride) {
+  for (int64_t i = place.first_row; i < a.loop.T * a.N; i += place.stride) {
     const int64_t step = i / a.N, n = i % a.N;
     const StepRows now = a.step(step);
     const int64_t index = now.index(n);
     if (index < 0) continue;
     const int64_t before = now.holds(n) ? kZero : a.before(step, n, index);
-    write(operands, index * a.R + place.unit, a.state(a.h, a.h0, before, n, a.R, place.unit));
+    const arithmetic_t<T> h = a.state(a.h, a.h0, before, n, a.R, place.unit);
+    write(operands, index * a.R + place.unit, masked(a.h_mask, n * a.R + place.unit, h));
   }
 }
 
 // For all rows: o tanh(c), what the projection read; zero in held rows, whose c and o are.
 template <class Cell, class T>
 FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1)
-    gather_unprojected(BackwardLayer<T> a, int64_t rows, T* unprojected) {
+    gather_unprojected(BackwardLayer<T> a, T* unprojected) {
   const Place place;
-  if (place.unit >= a.H) return;
-  for (int64_t i = place.first_row; i < rows; i += place.stride)
-    write(unprojected, i * a.H + place.unit,
-          read(a.saved, (i * Cell::kSaved + 3) * a.H + place.unit) *
-              tanh(read(a.c, i * a.H + place.unit)));
+  const int64_t unit = place.unit, H = a.H;
+  if (unit >= H) return;
+  for (int64_t i = place.first_row; i < a.loop.T * a.N; i += place.stride) {
+    const int64_t step = i / a.N, n = i % a.N;
+    const StepRows now = a.step(step);
+    const int64_t index = now.index(n);
+    if (index < 0) continue;
+    arithmetic_t<T> saved[Cell::kSaved], c = read(a.c, index * H + unit);
+    for (int k = 0; k < Cell::kSaved; ++k)
+      saved[k] = read(a.saved, (index * Cell::kSaved + k) * H + unit);
+    if (!now.holds(n) && now.keeps(n, a.R + unit))
+      c = Cell::next_c(saved, a.state(a.c, a.c0, a.before(step, n, index), n, H, unit));
+    write(unprojected, index * H + unit, saved[3] * tanh(c));
+  }
 }
 
 inline constexpr int64_t kSumRows = 256;  // in one chain of a sum over rows
@@ -246,9 +259,17 @@ void backward(const BackwardArgs& a, Machine& machine) {
   const int64_t gates = G * a.H;
   const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
 
-  BackwardLayer<T> layer{a.control,    a.rows,       a.T,         a.N,         a.H,
-                         a.R,          a.reverse,    matrix(a.h), matrix(a.c), matrix(a.saved),
-                         matrix(a.h0), matrix(a.c0), nullptr};
+  BackwardLayer<T> layer{Loop(a, Cell::kStates == 2 ? a.R + a.H : a.R),
+                         a.N,
+                         a.H,
+                         a.R,
+                         matrix(a.h),
+                         matrix(a.c),
+                         matrix(a.saved),
+                         matrix(a.h0),
+                         matrix(a.c0),
+                         matrix(a.h_mask),
+                         nullptr};
   if (a.control || a.rows) {
     auto* const previous = machine.template memory<int64_t>(a.T * a.N);
     machine.launch(trace_back<T>, a.N, 1, layer, previous);
@@ -290,7 +311,7 @@ void backward(const BackwardArgs& a, Machine& machine) {
     }
     machine.launch(backward_step<Cell, T>, a.H, a.N, step);
     const T* const of_step =
-        step.dgh_step ? step.dgh_step : dgh + step_rows(a, step.step).first * gates;
+        step.dgh_step ? step.dgh_step : dgh + layer.step(step.step).first * gates;
     machine.multiply({a.N, a.R, gates}, of_step, matrix(a.w_hh), product);
   }
   step.last = a.T == 0;
@@ -312,7 +333,7 @@ void backward(const BackwardArgs& a, Machine& machine) {
   if constexpr (Cell::kStates == 2) {
     if (a.dw_hr) {
       T* const unprojected = machine.template memory<T>(a.M * a.H);
-      machine.launch(gather_unprojected<Cell, T>, a.H, a.M, layer, a.M, unprojected);
+      machine.launch(gather_unprojected<Cell, T>, a.H, a.T * a.N, layer, unprojected);
       machine.multiply({a.R, a.H, a.M, true}, static_cast<const T*>(step.dh_all),
                        static_cast<const T*>(unprojected), static_cast<T*>(a.dw_hr));
     }

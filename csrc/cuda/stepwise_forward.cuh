@@ -24,9 +24,15 @@ struct ForwardStep {
   const T *b_ih, *b_hh;
   T *h, *c, *saved;  // c, saved: or null
   A *h_n, *c_n;      // the carried states
+  const T* h_mask;   // [N, R], or null
   T* operand;        // [N, R] what the next step's product reads
   T* unprojected;    // [N, H], or null without a projection
   const A* projected;
+
+  // A carried state as it enters the step.
+  FUSED_RNN_DEVICE A entering(const A* carried, int64_t n, int64_t at) const {
+    return now.clears(n) ? A(0) : read(carried, at);
+  }
 };
 
 // The visible output of a row, its carried state and the operand of the next step's product.
@@ -37,10 +43,12 @@ FUSED_RNN_DEVICE void place_state(const ForwardStep<T>& a, int64_t n, int64_t r,
   const bool holds = a.now.holds(n);
   if (holds)
     state = read(a.h_n, at);
-  else
-    write(a.h_n, at, state);
+  else if (a.now.keeps(n, r))
+    state = a.entering(a.h_n, n, at);
+  write(a.h_n, at, state);
   if (index >= 0) write(a.h, index * a.R + r, holds ? arithmetic_t<T>(0) : state);
-  if (!a.last) write(a.operand, at, a.next.clears(n) ? arithmetic_t<T>(0) : state);
+  if (a.last) return;
+  write(a.operand, at, a.next.clears(n) ? arithmetic_t<T>(0) : masked(a.h_mask, at, state));
 }
 
 template <class Cell, class T>
@@ -65,16 +73,16 @@ FUSED_RNN_DEVICE void forward_unit(const ForwardStep<T>& a, int64_t n, int64_t u
     if (a.b_ih) gx[g] += read(a.b_ih, gate);
     if (a.b_hh) gh[g] += read(a.b_hh, gate);
   }
-  const bool clears = a.now.clears(n);
   const int64_t at = n * a.H + unit;
-  if constexpr (Cell::kHiddenIsElementwise) s[0] = clears ? A(0) : read(a.h_n, at);
-  if constexpr (Cell::kStates == 2) s[1] = clears ? A(0) : read(a.c_n, at);
+  if constexpr (Cell::kHiddenIsElementwise) s[0] = a.entering(a.h_n, n, at);
+  if constexpr (Cell::kStates == 2) s[1] = a.entering(a.c_n, n, at);
 
   Cell::forward(gx, gh, s, s1, saved);
 
   if constexpr (Cell::kStates == 2) {
-    write(a.c_n, at, s1[1]);
-    if (a.c) write(a.c, index * a.H + unit, s1[1]);
+    const A c = a.now.keeps(n, a.R + unit) ? s[1] : s1[1];
+    write(a.c_n, at, c);
+    if (a.c) write(a.c, index * a.H + unit, c);
   }
   if (a.saved)
     for (int i = 0; i < Cell::kSaved; ++i)
@@ -108,7 +116,8 @@ struct Start {
   int64_t N, width;
   const A* initial;  // or null: zero
   A* carried;
-  T* operand;  // or null
+  const T* h_mask;  // or null
+  T* operand;       // or null
 };
 
 // A carried state before the first step, and what that step's product reads.
@@ -121,7 +130,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1) start_state(Start<T> a) {
     const int64_t at = n * a.width + place.unit;
     const A state = a.initial ? read(a.initial, at) : A(0);
     write(a.carried, at, state);
-    if (a.operand) write(a.operand, at, a.first.clears(n) ? A(0) : state);
+    if (a.operand) write(a.operand, at, a.first.clears(n) ? A(0) : masked(a.h_mask, at, state));
   }
 }
 
@@ -134,6 +143,8 @@ void forward(const ForwardArgs& a, Machine& machine) {
   const int64_t input_steps = a.rows ? a.T : (kInputRows + a.N - 1) / a.N;
   const int64_t chunk = input_steps < a.T ? input_steps : a.T;
   const int64_t input_rows = a.rows ? a.M : chunk * a.N;
+
+  const Loop loop(a, Cell::kStates == 2 ? a.R + a.H : a.R);
 
   ForwardStep<T> step{};
   step.N = a.N;
@@ -151,18 +162,21 @@ void forward(const ForwardArgs& a, Machine& machine) {
   A* const gh = machine.template memory<A>(a.N * gates);
   step.gx = gx;
   step.gh = gh;
+  step.h_mask = static_cast<const T*>(a.h_mask);
   step.operand = machine.template memory<T>(a.N * a.R);
   A* const projected = a.w_hr ? machine.template memory<A>(a.N * a.R) : nullptr;
   step.unprojected = a.w_hr ? machine.template memory<T>(a.N * a.H) : nullptr;
   step.projected = projected;
 
   if (a.T == 0) step.operand = nullptr;  // there is no first step to read it
-  const StepRows first = step_rows(a, 0);
-  machine.launch(start_state<T>, a.R, a.N,
-                 Start<T>{first, a.N, a.R, static_cast<const A*>(a.h0), step.h_n, step.operand});
+  const StepRows first = loop.step(0);
+  machine.launch(
+      start_state<T>, a.R, a.N,
+      Start<T>{first, a.N, a.R, static_cast<const A*>(a.h0), step.h_n, step.h_mask, step.operand});
   if constexpr (Cell::kStates == 2)
-    machine.launch(start_state<T>, a.H, a.N,
-                   Start<T>{first, a.N, a.H, static_cast<const A*>(a.c0), step.c_n, nullptr});
+    machine.launch(
+        start_state<T>, a.H, a.N,
+        Start<T>{first, a.N, a.H, static_cast<const A*>(a.c0), step.c_n, nullptr, nullptr});
 
   for (int64_t i = 0; i < a.T; ++i) {
     if (a.w_ih && i % chunk == 0) {
@@ -174,9 +188,9 @@ void forward(const ForwardArgs& a, Machine& machine) {
     }
     machine.multiply({a.N, gates, a.R, false, true}, static_cast<const T*>(step.operand),
                      static_cast<const T*>(a.w_hh), gh);
-    step.now = step_rows(a, i);
+    step.now = loop.step(i);
     step.last = i + 1 == a.T;
-    step.next = step_rows(a, step.last ? i : i + 1);
+    step.next = loop.step(step.last ? i : i + 1);
     machine.launch(forward_step<Cell, T>, a.H, a.N, step);
     if (a.w_hr) {
       machine.multiply({a.N, a.R, a.H, false, true}, static_cast<const T*>(step.unprojected),

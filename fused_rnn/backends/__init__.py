@@ -10,6 +10,10 @@ algorithm), and one or more of
   a ``layer``, which runs cells under autocast, it may count on one dtype;
 - ``small_step(...)``: the same where nothing watches the computation, or ``None`` for "not this
   one"; asked where its ``is_small(problem)`` says so.
+
+One with several algorithms has their names in ``ALGORITHMS``, ``lacks(algorithm, problem)`` for the
+reason why one of them cannot run the problem, and its ``layer`` takes ``algorithm=``, their number
+from 1 on.
 """
 
 from __future__ import annotations
@@ -67,6 +71,10 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
+_ALGORITHMS = {name: getattr(backend, "ALGORITHMS", ()) for name, backend in BACKENDS.items()}
+_NAMES = ["auto", *BACKENDS, *(f"{b}:{a}" for b, names in _ALGORITHMS.items() for a in names)]
+
+
 class _Choice(threading.local):
     """The calling thread's choice. Not a ContextVar: dynamo cannot trace one under fullgraph."""
 
@@ -83,7 +91,8 @@ class use_backend:  # noqa: N801
     explicit ``backend=`` keeps its own.
 
     Args:
-        name: ``"cpu"``, ``"cuda"``, ``"torch"``, ``"reference"`` or ``"auto"``.
+        name: ``"cpu"``, ``"cuda"``, ``"torch"``, ``"reference"`` or ``"auto"``; with an algorithm
+            of the backend after a colon, ``"cuda:stepwise"``, only that one will do.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -109,10 +118,16 @@ class use_backend:  # noqa: N801
 
 
 def check_name(name: str) -> None:
-    """Raise ``ValueError`` unless ``name`` is a backend or ``"auto"``."""
-    if name != "auto" and name not in BACKENDS:
-        known = ", ".join(repr(known) for known in ("auto", *BACKENDS))
+    """Raise ``ValueError`` unless ``name`` is a backend, one with its algorithm, or ``"auto"``."""
+    if name not in _NAMES:
+        known = ", ".join(map(repr, _NAMES))
         raise ValueError(f"unknown backend {name!r}: expected one of {known}")
+
+
+def algorithm(name: str) -> dict[str, int]:
+    """What the request ``name`` passes to the backend's ``layer``."""
+    backend, _, wanted = name.partition(":")
+    return {"algorithm": 1 + _ALGORITHMS[backend].index(wanted)} if wanted else {}
 
 
 def requested(own: str) -> str:
@@ -151,8 +166,11 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
     """The backend for ``problem`` under the request ``name``, and why."""
     if name != "auto":
         check_name(name)
-        backend = BACKENDS[name]
+        base, _, wanted = name.partition(":")
+        backend = BACKENDS[base]
         reason = refusal(backend, problem)
+        if reason is None and wanted:
+            reason = backend.lacks(wanted, problem)
         if reason is not None:
             raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
         return backend, "asked for"

@@ -34,6 +34,9 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on the CPU, and the input is on {problem.device}"
+    missing = [option for option in problem.options if option in _NOT_YET]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
     return cannot_compute(problem)
 
 
@@ -43,9 +46,6 @@ def cannot_compute(problem: Problem) -> str | None:
         return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
     if problem.transformed:
         return "forward-mode AD and torch.func transforms have to see each operation"
-    missing = [option for option in problem.options if option in _NOT_YET]
-    if missing:
-        return f"it lacks {', '.join(missing)}"
     return None
 
 

@@ -8,14 +8,14 @@ import torch
 
 from .. import native
 from ..autograd import layer
-from ..plan import KNOWN_DEVICES, Device, plan
-from . import cpu
+from ..plan import ALGORITHMS, KNOWN_DEVICES, Device, Plan, plan
+from . import cpu, cudnn
 from .cpu import cell_step
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["NAME", "available", "cell_step", "explain", "layer", "supports"]
+__all__ = ["ALGORITHMS", "NAME", "available", "cell_step", "explain", "lacks", "layer", "supports"]
 
 NAME = "cuda"
 
@@ -35,11 +35,38 @@ def explain(problem: Problem) -> str:
         return "torch's two GEMMs, then one native pointwise kernel"
     what = "stepwise: one product by cuBLAS and one native pointwise kernel a step"
     device = _described_device()
+    return what if device is None else f"{what}\n{_plan(problem, device)}"
+
+
+def lacks(algorithm: str, problem: Problem) -> str | None:
+    """Why ``algorithm`` cannot run ``problem``, or None."""
+    if algorithm == "stepwise":
+        return None
+    if problem.T == 0:
+        return f"a single step has no time loop for {algorithm!r} to run"
+    device = _described_device()
     if device is None:
-        return what
-    given = (problem.cell, problem.dtype, problem.T, problem.N, problem.H, problem.P)
-    options = (*problem.options, *(("rows",) if problem.packed else ()))
-    return f"{what}\n{plan(*given, device=device, options=options)}"
+        return f"nothing is known of the current GPU, and {algorithm!r} is planned for one"
+    try:
+        _plan(problem, device, algorithm)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _plan(problem: Problem, device: Device, algorithm: str = "auto") -> Plan:
+    return plan(
+        problem.cell,
+        problem.dtype,
+        problem.T,
+        problem.N,
+        problem.H,
+        problem.P,
+        device=device,
+        tf32=cudnn.allows_tf32(),
+        options=(*problem.options, *(("rows",) if problem.packed else ())),
+        algorithm=algorithm,
+    )
 
 
 def _described_device() -> Device | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import float16, float64
+from torch import backends, float16, float64
 
 if TYPE_CHECKING:
     from . import Problem
@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 STANDARD = "STANDARD"
 PERSIST_STATIC = "PERSIST_STATIC"
 PERSIST_STATIC_SMALL_H = "PERSIST_STATIC_SMALL_H"
+
+
+def allows_tf32() -> bool:
+    """Whether float32 may be multiplied in TF32: torch's flag for RNNs on CUDA, the older
+    ``torch.backends.cudnn.allow_tf32`` included."""
+    return bool(backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def algorithm(

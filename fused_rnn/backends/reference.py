@@ -43,6 +43,8 @@ def layer(
     control: Tensor | None = None,
     rows: Tensor | None = None,
     w_hr: Tensor | None = None,
+    h_mask: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
 
@@ -55,6 +57,7 @@ def layer(
     carry = carry_dtype(gx.dtype)
     x, w, b = gx.to(carry), w_hh.to(carry), None if b_hh is None else b_hh.to(carry)
     projection = None if w_hr is None else w_hr.to(carry)
+    mask = None if h_mask is None else h_mask.to(carry)
     widths = (w_hh.size(1), w_hh.size(0) // cell.gates)[: cell.states]
     states = tuple(
         x.new_zeros(batch, width) if s is None else s.to(carry)
@@ -73,9 +76,13 @@ def layer(
             entering = tuple(torch.where(cut, s.detach(), s) for s in entering)
             entering = tuple(s.masked_fill(clear, 0) for s in entering)
         x_t = x[t] if rows is None else _read(x, rows[t])
-        stepped = cell.step(x_t, torch.nn.functional.linear(entering[0], w, b), entering)
+        operand = entering[0] if mask is None else entering[0] * mask
+        stepped = cell.step(x_t, torch.nn.functional.linear(operand, w, b), entering)
         if projection is not None:
             stepped = (torch.nn.functional.linear(stepped[0], projection), *stepped[1:])
+        if keep is not None:
+            kept = keep[t].bool().split(widths, -1)
+            stepped = tuple(map(torch.where, kept, entering, stepped))
         if hold is None:
             states = stepped
             seen.append(states)

@@ -41,6 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backward", action="store_true", help="hold the gradients too")
     parser.add_argument("--control", action="store_true", help="clear, hold and cut at random")
     parser.add_argument("--rows", choices=["packed", "scattered"], default="")
+    parser.add_argument("--h-mask", action="store_true", help="recurrent dropout")
+    parser.add_argument("--keep", action="store_true", help="zoneout")
     return parser.parse_args(argv)
 
 
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
         reverse=given.reverse,
         control=given.control,
         rows=given.rows,
+        h_mask=given.h_mask,
+        keep=given.keep,
         product=True,
     )
     autograd.ops = build.ops()

@@ -25,6 +25,7 @@ class EmulatedMachine {
   };
   std::vector<std::unique_ptr<emulator::Allocation>> memory_;
   std::vector<Loan> written_;
+  bool tf32_;
 
   void* take(const char* name, size_t bytes) {
     memory_.push_back(std::make_unique<emulator::Allocation>(name, bytes));
@@ -32,6 +33,8 @@ class EmulatedMachine {
   }
 
  public:
+  explicit EmulatedMachine(bool tf32 = false) : tf32_(tf32) {}
+
   // Puts a copy in place of what `pointer` points at, where the emulator sees every access.
   template <class P>
   void borrow(const char* name, P*& pointer, int64_t bytes) {
@@ -67,9 +70,11 @@ class EmulatedMachine {
 
   template <class T, class Out>
   void multiply(Sizes s, const T* a, const T* b, Out* out) {
-    const auto value = [](auto x) {
+    const auto value = [this](auto x) {
       if constexpr (sizeof(x) == 2)
         return double(to_float(x));
+      else if constexpr (sizeof(x) == 4)
+        return double(tf32_ ? std::bit_cast<float>(to_tf32(x)) : x);
       else
         return double(x);
     };
@@ -106,11 +111,13 @@ void borrow(EmulatedMachine& machine, Layer& a, Bytes bytes) {
   machine.borrow("w_hr", a.w_hr, a.R * a.H * bytes.io);
   machine.borrow("control", a.control, a.T * a.N);
   machine.borrow("rows", a.rows, a.T * a.N * 4);
+  machine.borrow("h_mask", a.h_mask, a.N * a.R * bytes.io);
+  machine.borrow("keep", a.keep, a.T * a.N * (a.R + (kCellShapes[a.cell].states - 1) * a.H));
 }
 
 void forward(const ForwardArgs& args, const Tensor& like) {
   ForwardArgs a = args;
-  EmulatedMachine machine;
+  EmulatedMachine machine(a.tf32);
   const Bytes bytes(like);
   const int64_t gates = kCellShapes[a.cell].gates * a.H;
   borrow(machine, a, bytes);
@@ -131,7 +138,7 @@ void forward(const ForwardArgs& args, const Tensor& like) {
 
 void backward(const BackwardArgs& args, const Tensor& like) {
   BackwardArgs a = args;
-  EmulatedMachine machine;
+  EmulatedMachine machine(a.tf32);
   const Bytes bytes(like);
   const int64_t gates = kCellShapes[a.cell].gates * a.H;
   borrow(machine, a, bytes);
@@ -193,7 +200,7 @@ void step(const StepArgs& args, const Tensor& like) {
   machine.give_back();
 }
 
-constexpr Device kEmulated = {forward, backward, step<false>, step<true>};
+constexpr Device kEmulated = {forward, backward, step<false>, step<true>, true, 1};
 
 }  // namespace
 }  // namespace fused_rnn::cuda
