@@ -193,6 +193,7 @@ def _step_kernels(
     """
     (N, I), (_, H) = shapes  # noqa: E741
     problem = Problem(cell, dtype, device.type, 0, N, I, H, 0, 1, 1, grad, False, False)
+    problem = problem._replace(ordinal=device.index or 0)
     chosen = select(problem, name)
     small = hasattr(chosen, "small_step") and chosen.is_small(problem)
     return chosen.small_step if small else None, getattr(chosen, "cell_step", None)
@@ -332,6 +333,7 @@ def describe(
         packed=batch_sizes is not None,
         compiling=torch.compiler.is_compiling(),
         transformed=is_transformed(),
+        ordinal=input.device.index or 0,
     )
 
 
@@ -352,6 +354,7 @@ def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) 
         packed=False,
         compiling=torch.compiler.is_compiling(),
         transformed=is_transformed(),
+        ordinal=input.device.index or 0,
     )
 
 

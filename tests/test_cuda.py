@@ -1,5 +1,7 @@
 """What can be known of the CUDA backend without a GPU: who answers, and torch's rule for cuDNN."""
 
+import csv
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,8 @@ from twins import twins
 
 import fused_rnn
 from fused_rnn import backends, native
-from fused_rnn.backends import cudnn
+from fused_rnn.backends import cudnn, tuning
+from fused_rnn.plan import KNOWN_DEVICES, plan
 
 H100 = ((9, 0), 132)
 
@@ -17,6 +20,102 @@ def problem(cell="lstm", dtype=torch.float16, T=1024, N=16, I=768, H=768, **more
     options = {"P": 0, "layers": 1, "directions": 1, "grad": True, "packed": False}
     options |= {"compiling": False, "device": "cuda"} | more
     return backends.Problem(cell=cell, dtype=dtype, T=T, N=N, I=I, H=H, **options)
+
+
+@pytest.fixture
+def tf32_flag():
+    rnn = torch.backends.cudnn.rnn
+    before = rnn.fp32_precision
+    yield rnn
+    rnn.fp32_precision = before
+
+
+@pytest.fixture
+def on_h200(monkeypatch):
+    """As if there were an H200 that runs our kernels, and nothing measured on it."""
+    monkeypatch.setattr(backends.cuda, "available", lambda: None)
+    monkeypatch.setattr(backends.cuda, "_described_device", lambda _: KNOWN_DEVICES["H200"])
+    monkeypatch.setattr(backends.torch_nn, "cudnn_can_run", lambda _: True)
+    monkeypatch.setattr(tuning, "table", dict)
+    backends.cuda.faster_than_torch.cache_clear()
+    yield
+    backends.cuda.faster_than_torch.cache_clear()
+
+
+def row(speedup, T=1024, N=16, H=768, *, device="H200", tf32=False, **changed):
+    key = tuning.key(problem(**changed), device, tf32)
+    return tuning.Row(key, T, N, H, speedup, "stepwise", "a file")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([row(1.3)], "cuda"),
+        ([row(0.9)], "torch"),
+        ([row(1.3, T=2048, N=8, H=1536)], "cuda"),
+        ([row(1.3, T=2049)], "torch"),
+        ([row(1.3, N=7)], "torch"),
+        ([row(1.3, device="H100")], "torch"),
+        ([row(1.3, cell="gru")], "torch"),
+        ([row(1.3, dtype=torch.bfloat16)], "torch"),
+        ([row(1.3, packed=True)], "torch"),
+        ([row(1.3, layers=3)], "torch"),
+        ([row(1.3, grad=False)], "torch"),
+        ([row(0.5, N=32), row(1.3, N=15), row(0.5, H=1024)], "cuda"),
+    ],
+    ids=str,
+)
+def test_auto_goes_by_the_nearest_measurement(rows, expected, on_h200, monkeypatch):
+    monkeypatch.setattr(tuning, "table", lambda: tuning.by_key(rows))
+    chosen, why = backends.choose(problem(), "auto")
+    assert expected == chosen.NAME
+    speaks = expected == "cuda" or rows[0].speedup < 1
+    assert ("measured at" in why) == speaks
+
+
+def test_a_measurement_speaks_for_tf32_or_for_exact_products(on_h200, monkeypatch, tf32_flag):
+    rows = [row(1.3, dtype=torch.float32, tf32=True), row(0.7, dtype=torch.float32)]
+    monkeypatch.setattr(tuning, "table", lambda: tuning.by_key(rows))
+    for value, expected in (("tf32", "cuda"), ("ieee", "torch")):
+        tf32_flag.fp32_precision = value
+        assert expected == backends.choose(problem(dtype=torch.float32), "auto")[0].NAME
+
+
+def test_the_table_in_the_package_is_read():
+    with tuning.TABLE.open() as file:
+        columns = file.readline().strip().split(",")
+    assert columns == [*tuning.Key._fields, *tuning.Row._fields[1:]]
+    text = ",".join(columns) + "\nH200,gru,float32,1,0,1,1,0,64,16,512,1.5,grid,x.csv\n"
+    key = tuning.Key("H200", "gru", "float32", True, False, 1, 1, False)
+    lines = csv.DictReader(io.StringIO(text))
+    assert list(tuning.read(lines)) == [tuning.Row(key, 64, 16, 512, 1.5, "grid", "x.csv")]
+    assert all(r.speedup > 0 and r.source for rows in tuning.table().values() for r in rows)
+
+
+@pytest.mark.parametrize(
+    ("changed", "built", "expected"),
+    [
+        ({"cell": "gru"}, True, "cuda"),  # STANDARD, and the weights fit the chip
+        ({"cell": "gru"}, False, "torch"),
+        ({"cell": "lstm"}, True, "torch"),  # PERSIST_STATIC
+        ({"cell": "gru", "dtype": torch.float64}, True, "torch"),
+        ({"cell": "lstm", "H": 4096}, True, "torch"),  # STANDARD, and nothing of ours fits
+        ({"cell": "gru", "T": 0}, True, "torch"),
+        # Forward STANDARD would be beaten, backward too; small H is not STANDARD.
+        ({"cell": "gru", "H": 150}, True, "torch"),
+        ({"cell": "gru", "H": 193}, True, "cuda"),
+    ],
+    ids=str,
+)
+def test_auto_without_a_measurement(changed, built, expected, on_h200, monkeypatch):
+    """Ours where torch would launch for each step and ours would not."""
+    if built:
+
+        def as_if_built(*args, **keywords):
+            return plan(*args, **keywords, built_only=False)
+
+        monkeypatch.setattr(backends.cuda, "plan", as_if_built)
+    assert expected == backends.choose(problem(**changed), "auto")[0].NAME
 
 
 @pytest.mark.parametrize(
@@ -104,7 +203,7 @@ def test_auto_on_cuda_takes_torchs_kernels_until_ours_are_measured(compiling, mo
 def test_the_explanation_holds_the_plan_of_a_known_gpu(processors, known, monkeypatch):
     device = SimpleNamespace(major=9, minor=0, multi_processor_count=processors)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
     monkeypatch.setattr(backends.torch_nn, "cudnn_can_run", lambda _: True)
     text = backends.cuda.explain(problem(packed=True))
     assert text.startswith("stepwise")
@@ -113,14 +212,6 @@ def test_the_explanation_holds_the_plan_of_a_known_gpu(processors, known, monkey
     text = backends.torch_nn.explain(problem(cell="gru"))
     assert "cuDNN" in text
     assert cudnn.STANDARD in text
-
-
-@pytest.fixture
-def tf32_flag():
-    rnn = torch.backends.cudnn.rnn
-    before = rnn.fp32_precision
-    yield rnn
-    rnn.fp32_precision = before
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -27,7 +27,7 @@ from torch import float32
 from torch.backends import mkldnn
 from typing_extensions import Self
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, cudnn, reference
 from . import torch as torch_nn
 
 
@@ -46,6 +46,7 @@ class Problem(NamedTuple):
         compiling: ``torch.compile`` or ``torch.export`` is tracing.
         transformed: forward-mode AD or a ``torch.func`` transform has to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep``.
+        ordinal: which of the devices of that type.
     """
 
     cell: str
@@ -63,6 +64,7 @@ class Problem(NamedTuple):
     compiling: bool
     transformed: bool = False
     options: tuple[str, ...] = ()
+    ordinal: int = 0
 
 
 # In the order in which they are asked and explained.
@@ -186,7 +188,8 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
         return torch_nn, "measured faster than our loop at this size"
     if not problem.compiling and refusal(torch_nn, problem) is None:
         if refusal(cuda, problem) is None:
-            return torch_nn, "ours has not run on a GPU yet; ask for it by name"
+            ours, why = cuda.faster_than_torch(problem, cudnn.allows_tf32())
+            return cuda if ours else torch_nn, why
         return torch_nn, "the native loop cannot run this, torch.nn can"
     return reference, "nothing else can run this"
 

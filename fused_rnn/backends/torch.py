@@ -46,7 +46,7 @@ def explain(problem: Problem) -> str:
     if problem.T == 0:
         return "torch.nn's cell"
     if problem.device == "cuda" and cuda.is_available() and cudnn_can_run(problem):
-        device = cuda.get_device_properties()
+        device = cuda.get_device_properties(problem.ordinal)
         found = cudnn.algorithm(problem, (device.major, device.minor), device.multi_processor_count)
         return f"cuDNN for the whole stack, forward by its algorithm {found} in torch's rule"
     return "torch.nn's kernel for the whole stack"
