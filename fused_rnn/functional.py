@@ -255,10 +255,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
     """Where each step's row stands in packed data, ``[T,N]`` int32; -1 past a sequence's end."""
-    n = torch.arange(batch)
-    starts = batch_sizes.cumsum(0) - batch_sizes
-    rows = torch.where(n < batch_sizes.unsqueeze(1), starts.unsqueeze(1) + n, -1)
-    return rows.to(device=device, dtype=torch.int32)
+    if device.type == "cuda":
+        batch_sizes = batch_sizes.pin_memory()  # from elsewhere the copy would wait
+    sizes = batch_sizes.to(device, non_blocking=True)
+    n = torch.arange(batch, device=device)
+    starts = sizes.cumsum(0) - sizes
+    return torch.where(n < sizes.unsqueeze(1), starts.unsqueeze(1) + n, -1).int()
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:

@@ -58,11 +58,23 @@ def layer(machine, monkeypatch):
     states=(False, True),
     bias=(False, True),
     product=(False, True),
-    h_mask=(False, True),
-    keep=(False, True),
 )
 def test_outputs_and_gradients(case, layer):
     check(layer, make_problem(**case))
+
+
+@cases(
+    projects,
+    cell=CELLS,
+    dtype=DTYPES,
+    P=(0, 19),
+    control=(False, True),
+    rows=("", "scattered"),
+    h_mask=(False, True),
+    keep=(False, True),
+)
+def test_dropout_and_zoneout(case, layer):
+    check(layer, make_problem(shape=(5, 3, 33), product=True, **case))
 
 
 @cases(
