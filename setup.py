@@ -270,8 +270,11 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
         command=f"{nvcc} -shared -cudart static $in -o $out {torch_libraries}",
         description="link $out",
     )
-    kernels = n.build("cuda.register.o", "nvcc", str(ROOT / "csrc" / "cuda" / "register.cu"))
-    n.build("libfused_rnn_cuda.so", "link_cuda", [*kernels, ops])
+    objects = [
+        n.build(f"cuda.{name}.o", "nvcc", str(ROOT / "csrc" / "cuda" / f"{name}.cu"))[0]
+        for name in ("describe", "register")
+    ]
+    n.build("libfused_rnn_cuda.so", "link_cuda", [*objects, ops])
 
 
 class NinjaBuild(build_ext):
