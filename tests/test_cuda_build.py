@@ -1,21 +1,26 @@
 """The CUDA library compiles and links where there is nvcc and a torch without CUDA."""
 
+import ctypes
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numerics
 import pytest
-from torch.utils.cpp_extension import include_paths
+from emulator import build
+from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = ROOT / "csrc" / "check_cuda.py"
-NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
+# Where setup.py's build with this Python leaves what it compiles.
+OBJECTS = ROOT / "build" / f"release-{sys.implementation.cache_tag}"
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler, on PATH")
+needs_nvcc = pytest.mark.skipif(
+    build.nvcc() is None,
+    reason="needs nvcc, CUDA's compiler: pip install cuda-toolkit[cccl,cudart,nvcc]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +30,8 @@ def library(tmp_path_factory):
     environment = os.environ | {"FORCE_CUDA": "1"}
     if not numerics.FULL:
         environment["TORCH_CUDA_ARCH_LIST"] = "9.0"
-    build = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)]
-    result = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "fused_rnn" / "libfused_rnn_cuda.so"
 
@@ -48,6 +53,28 @@ def test_it_finds_torchs_cuda_libraries_through_libtorch_and_brings_its_own_runt
     names = {re.search(r"\[(.+)\]", line)[1] for line in needed}
     assert "libtorch.so" in names
     assert not [name for name in names if re.match(r"lib(cuda|cublas|cudnn|torch_cuda)", name)]
+
+
+@needs_nvcc
+def test_it_shows_one_function_of_its_own_the_description_of_a_gpu(library):
+    defined = lines("nm", "-D", "--defined-only", "--format=posix", library)
+    functions = {line.split()[0] for line in defined if line.split()[1] == "T"}
+    assert {name for name in functions if not name.startswith("_")} == {"fused_rnn_describe"}
+
+
+@needs_nvcc
+def test_cudas_own_run_time_says_in_words_that_there_is_no_such_gpu(library, tmp_path):
+    # The part that a torch without CUDA can load.
+    described = tmp_path / "described.so"
+    objects = OBJECTS / "cuda.describe.o"
+    runtime = Path(build.nvcc()).parent.parent / "lib"
+    torch_libraries = [f"-L{path}" for path in library_paths()]
+    command = [build.nvcc(), "-shared", "-cudart", "static", objects, "-o", described]
+    lines(*command, *torch_libraries, "-ltorch_cpu", f"-L{runtime}")
+    reason = ctypes.create_string_buffer(1024)
+    index = ctypes.c_int(1000)
+    assert ctypes.CDLL(str(described)).fused_rnn_describe(index, None, reason, len(reason)) == 1
+    assert re.match(r"CUDA does not describe device 1000: [\w ]+$", reason.value.decode())
 
 
 @needs_nvcc
