@@ -2,7 +2,8 @@
 # PYTHON= chooses the Python it is made with, CXX= the compiler, PYTEST= adds options for pytest.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP_FOLDERS := csrc csrc/cpu csrc/cuda tests/emulator tests/emulator/cases tests/emulator/cuda tests/emulator/ops
+CPP_FOLDERS := csrc csrc/cpu csrc/cuda tests/emulator tests/emulator/cases tests/emulator/cuda tests/emulator/ops \
+    tests/fake_cuda tests/fake_cuda/torch/csrc/stable
 CPP_SOURCES = $(wildcard $(foreach kind,h cpp cu cuh,$(CPP_FOLDERS:=/*.$(kind))))
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op
@@ -28,15 +29,16 @@ sanitize: .venv/installed  ## run the op tests on a build with the address and U
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
 	$(BIN)/pytest --durations=20 $(SANITIZED_TESTS) $(PYTEST)
 
-cuda: .venv/installed  ## compile the CUDA library for every architecture; needs nvcc, no GPU
-	FORCE_CUDA=1 $(BIN)/python setup.py -q build --build-lib build/cuda
+cuda: .venv/installed  ## compile the CUDA library for every architecture; needs no GPU
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST= $(BIN)/python setup.py -q build --build-lib build/cuda
 	$(BIN)/python csrc/check_cuda.py docs/kernels.md
 
 # Offline, with the torch and pytest that are there; conftest.py would want more.
 gpu-check:  ## on a machine with a GPU: build with PYTHON's own torch, run the CUDA tests
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m fused_rnn
-	$(PYTHON) -m pytest --noconftest -q -rs tests/test_cuda_stepwise.py tests/test_cuda.py $(PYTEST)
+	$(PYTHON) -m pytest --noconftest -q -rs tests/test_cuda_stepwise.py tests/test_cuda.py \
+	tests/test_describe.py $(PYTEST)
 
 lint: .venv/installed  ## ruff, mypy, clang-format: what pre-commit and CI run
 	$(BIN)/ruff check

@@ -12,7 +12,8 @@ Environment:
     FUSED_RNN_SANITIZE       e.g. address,undefined: build with these sanitizers
     FUSED_RNN_PURE_PYTHON=1  build nothing: the reference and torch backends only
     FORCE_CUDA=1             build the CUDA library though torch is not a CUDA build; 0: never
-    NVCC                     the CUDA compiler (default: the one on PATH or in CUDA_HOME/bin)
+    NVCC                     the CUDA compiler (default: the one in CUDA_HOME/bin, on PATH, or in
+                             pip's cuda-toolkit[cccl,cudart,nvcc])
     TORCH_CUDA_ARCH_LIST     e.g. 8.0;9.0+PTX (default: the GPU at hand, with FORCE_CUDA=1 all)
 """
 
@@ -92,22 +93,46 @@ def check_tools() -> None:
         refuse(f"the torch it is built against must be 2.10 or newer, and this one is {version}.")
 
 
+def packaged_nvcc() -> str | None:
+    """nvcc of pip's nvidia-cuda-nvcc, the newest: nvidia/cu13/bin in site-packages."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec else None
+    found = [nvcc for folder in folders or () for nvcc in Path(folder).glob("*/bin/nvcc")]
+    return str(max(found, key=lambda nvcc: nvcc.parts[-3])) if found else None
+
+
 def find_nvcc() -> str | None:
     if os.environ.get("NVCC"):
         return os.environ["NVCC"]
     home = os.environ.get("CUDA_HOME")
     in_home = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
-    return in_home or shutil.which("nvcc")
+    return in_home or shutil.which("nvcc") or packaged_nvcc()
+
+
+def gpus_at_hand() -> list[str]:
+    """The compute capabilities of this machine's GPUs."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    answer = subprocess.run(query, capture_output=True, text=True)
+    return sorted(set(answer.stdout.split())) if answer.returncode == 0 else []
 
 
 def wants_cuda() -> bool:
     """Whether to build the CUDA library: where torch could use it and there is a compiler."""
-    forced = os.environ.get("FORCE_CUDA", "")
-    if forced not in ("", "0") and find_nvcc() is None:
-        refuse("FORCE_CUDA is set and nvcc was not found: install CUDA, or name it with NVCC=.")
+    forced, nvcc = os.environ.get("FORCE_CUDA", ""), find_nvcc()
+    if forced not in ("", "0") and nvcc is None:
+        refuse(
+            "FORCE_CUDA is set and nvcc was not found: install CUDA, name it with NVCC=, or run "
+            "`pip install cuda-toolkit[cccl,cudart,nvcc]`."
+        )
     if forced:
         return forced != "0"
-    if find_nvcc() is None or importlib.util.find_spec("torch") is None:
+    if nvcc is None or importlib.util.find_spec("torch") is None:
+        return False
+    # pip's nvcc is in every development environment, also where compiling for all GPUs, which
+    # takes minutes, would be for none.
+    if nvcc == packaged_nvcc() and not gpus_at_hand():
         return False
     # Written there when torch was built: importing torch takes seconds.
     version = (package_folder("torch") / "version.py").read_text()
@@ -117,14 +142,8 @@ def wants_cuda() -> bool:
 def cuda_architectures() -> list[str]:
     """nvcc's flags for the architectures to build for."""
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST")
-    at_hand = os.environ.get("FORCE_CUDA", "") in ("", "0") and shutil.which("nvidia-smi")
-    if not wanted and at_hand:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        )
-        wanted = ";".join(sorted(set(answer.stdout.split()))) if answer.returncode == 0 else ""
+    if not wanted and os.environ.get("FORCE_CUDA", "") in ("", "0"):
+        wanted = ";".join(gpus_at_hand())
     flags = []
     for name in re.split(r"[;, ]+", (wanted or CUDA_ARCHITECTURES).strip()):
         number = name.removesuffix("+PTX").replace(".", "")
@@ -252,7 +271,8 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
         *cuda_architectures(),
     ]
     # nvcc takes the name of a compiler, not a launcher such as ccache before it.
-    nvcc = f"{shlex.quote(find_nvcc() or 'nvcc')} -ccbin {shlex.quote(shlex.split(CXX)[-1])}"
+    path = find_nvcc() or "nvcc"
+    nvcc = f"{shlex.quote(path)} -ccbin {shlex.quote(shlex.split(CXX)[-1])}"
     headers = f"-I{shlex.quote(str(ROOT / 'csrc'))} -isystem {shlex.quote(str(torch / 'include'))}"
     n.rule(
         "nvcc",
@@ -265,13 +285,18 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
     # A linker that drops libraries which it thinks unused would drop libtorch, and with it the way
     # to libtorch_cuda.
     torch_libraries = f"-L{shlex.quote(str(torch / 'lib'))} -Xlinker --no-as-needed -ltorch"
+    # pip's nvcc 13.0 looks for its static run time in lib64; the packages have lib.
+    runtime = "-L" + shlex.quote(str(Path(path).parent.parent / "lib"))
     n.rule(
         "link_cuda",
-        command=f"{nvcc} -shared -cudart static $in -o $out {torch_libraries}",
+        command=f"{nvcc} -shared -cudart static $in -o $out {torch_libraries} {runtime}",
         description="link $out",
     )
-    kernels = n.build("cuda.register.o", "nvcc", str(ROOT / "csrc" / "cuda" / "register.cu"))
-    n.build("libfused_rnn_cuda.so", "link_cuda", [*kernels, ops])
+    objects = [
+        n.build(f"cuda.{name}.o", "nvcc", str(ROOT / "csrc" / "cuda" / f"{name}.cu"))[0]
+        for name in ("describe", "register")
+    ]
+    n.build("libfused_rnn_cuda.so", "link_cuda", [*objects, ops])
 
 
 class NinjaBuild(build_ext):
@@ -311,17 +336,18 @@ class NinjaBuild(build_ext):
             self.copy_file(str(folder / (extension.name.rpartition(".")[2] + ".so")), str(target))
 
 
-if sys.platform == "win32":
-    refuse("Windows is not supported; Linux and macOS are (WSL is Linux).")
-
-PURE_PYTHON = os.environ.get("FUSED_RNN_PURE_PYTHON", "0") not in ("", "0")
-setup(
-    ext_modules=[]
-    if PURE_PYTHON
-    else [
-        Extension(LIBRARY, ["csrc/ops.cpp"]),
-        Extension(MODULE, ["csrc/python.cpp"]),
-        *([Extension(CUDA_LIBRARY, ["csrc/cuda/register.cu"])] if wants_cuda() else []),
-    ],
-    cmdclass={"build_ext": NinjaBuild},
-)
+# The tests read this file for the functions above.
+if __name__ == "__main__":
+    if sys.platform == "win32":
+        refuse("Windows is not supported; Linux and macOS are (WSL is Linux).")
+    PURE_PYTHON = os.environ.get("FUSED_RNN_PURE_PYTHON", "0") not in ("", "0")
+    setup(
+        ext_modules=[]
+        if PURE_PYTHON
+        else [
+            Extension(LIBRARY, ["csrc/ops.cpp"]),
+            Extension(MODULE, ["csrc/python.cpp"]),
+            *([Extension(CUDA_LIBRARY, ["csrc/cuda/register.cu"])] if wants_cuda() else []),
+        ],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -1,19 +1,24 @@
-"""check_cuda.py [PAGE [LOG]]: what ptxas said of the kernels; a spill fails.
+"""check_cuda.py [PAGE [FOLDER]]: what ptxas said of the kernels; a spill fails.
 
 ptxas prints, for every kernel and architecture, the registers that a thread has, and what did not
 fit into them. A spilled register costs a trip to memory in every step of a loop, so none is
-accepted. With PAGE, docs/kernels.md, the table is written there.
+accepted. Nor is a warning: by one ptxas says that launch bounds ask for more than an SM has, and
+that it goes on without them. And each kernel must be there for each architecture that nvcc was told
+of. With PAGE, docs/kernels.md, the table is written there.
 """
 
 import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-# Where setup.py's build with this Python leaves it.
-LOG = ROOT / "build" / f"release-{sys.implementation.cache_tag}" / "cuda.register.o.log"
+# Where setup.py builds with this Python: FOLDER has build.ninja, and a log beside each object.
+BUILD = ROOT / "build" / f"release-{sys.implementation.cache_tag}"
+OBJECT = re.compile(r"^build (?P<object>\S+): nvcc ", re.MULTILINE)
+ASKED = re.compile(r"-gencode=arch=compute_\w+,code=sm_(?P<arch>\w+)")
 
 ENTRY = re.compile(r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\w+)'")
 STACK = re.compile(
@@ -22,17 +27,19 @@ STACK = re.compile(
 USED = re.compile(r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?")
 # _ZN9fused_rnn4cuda12forward_stepI...: the name after its length.
 KERNEL = re.compile(r"_ZN9fused_rnn4cuda(?P<length>\d+)(?P<rest>\w+)")
+COMPLAINT = re.compile(r"^ptxas.*\b(?:warning|error|fatal)\b.*$", re.MULTILINE)
 
 HEAD = """# Kernels
 
 What ptxas gives each kernel: the most registers a thread and the most shared memory a block (bytes)
-of all its instances (cells and dtypes), for each architecture. No kernel spills; `make cuda`, which
-writes this page, fails if one does. Times: not yet measured.
+of all its instances (cells and dtypes), for each architecture. No kernel spills, and ptxas warns of
+none; `make cuda`, which writes this page, fails otherwise. Times: not yet measured.
 
 """
 
 
 class Kernel(NamedTuple):
+    symbol: str
     name: str
     arch: str
     registers: int
@@ -50,6 +57,7 @@ def read(log: str) -> list[Kernel]:
             raise SystemExit(f"check_cuda.py: ptxas says nothing it knows of {symbol}")
         kernels.append(
             Kernel(
+                symbol,
                 name["rest"][: int(name["length"])],
                 arch,
                 int(used["registers"]),
@@ -81,17 +89,37 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(page: Path | None = None, log: Path = LOG) -> None:
-    kernels = read(log.read_text())
-    spilled = [kernel for kernel in kernels if kernel.spilled]
-    for kernel in spilled:
-        print(
-            f"{kernel.name} for sm_{kernel.arch} keeps {kernel.spilled} bytes in local memory",
-            file=sys.stderr,
-        )
-    if spilled or not kernels:
-        raise SystemExit(f"check_cuda.py: {len(spilled)} of {len(kernels)} kernels spill")
-    print(f"{len(kernels)} kernels, none spills")
+def uncovered(kernels: list[Kernel], asked: set[str]) -> Iterator[str]:
+    """What was not compiled for just the architectures that were asked for."""
+    symbols = {kernel.symbol for kernel in kernels}
+    found = defaultdict(set)
+    for kernel in kernels:
+        found[kernel.arch].add(kernel.symbol)
+    for arch in sorted(asked):
+        if missing := symbols - found[arch]:
+            count = f"{len(missing)} of {len(symbols)} kernels"
+            yield f"for sm_{arch} {count} were not compiled: {min(missing)}"
+    for arch in sorted(found.keys() - asked):
+        yield f"for sm_{arch} kernels were compiled, and nobody asked for it"
+
+
+def main(page: Path | None = None, folder: Path = BUILD) -> None:
+    ninja = (folder / "build.ninja").read_text()
+    log = "".join((folder / f"{name}.log").read_text() for name in OBJECT.findall(ninja))
+    kernels, asked = read(log), set(ASKED.findall(ninja))
+    wrong = [
+        *COMPLAINT.findall(log),
+        *(
+            f"{kernel.name} for sm_{kernel.arch} keeps {kernel.spilled} bytes in local memory"
+            for kernel in kernels
+            if kernel.spilled
+        ),
+        *uncovered(kernels, asked),
+    ]
+    if wrong or not kernels:
+        print(*wrong, sep="\n", file=sys.stderr)
+        raise SystemExit(f"check_cuda.py: {len(wrong)} complaints of {len(kernels)} kernels")
+    print(f"{len(kernels)} kernels for sm_{', sm_'.join(sorted(asked))}, none spills")
     if page:
         page.write_text(HEAD + table(kernels))
 

@@ -81,7 +81,7 @@ double multiply_adds(Arithmetic arithmetic, int capability) {
 
 struct Planner {
   const PlanProblem& problem;
-  const Device& device;
+  const Gpu& device;
   const CellShape& cell = kCellShapes[problem.cell];
   const int64_t bytes = kArithmetics[int(problem.arithmetic)].bytes;
   const int64_t R = problem.P ? problem.P : problem.H;
@@ -350,7 +350,7 @@ std::string Planner::grid(Plan* best) const {
   return verdict(*best, nearest);
 }
 
-void check(const PlanProblem& problem, const Device& device) {
+void check(const PlanProblem& problem, const Gpu& device) {
   const auto need = [](bool holds, const char* sentence) {
     if (!holds) throw std::invalid_argument(sentence);
   };
@@ -371,7 +371,7 @@ const Cost& Plan::limit() const {
                            [](const Cost& a, const Cost& b) { return a.us < b.us; });
 }
 
-Choice make_plan(const PlanProblem& problem, const Device& device, const std::string& algorithm,
+Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::string& algorithm,
                  bool built_only) {
   check(problem, device);
   const Planner planner{problem, device};

@@ -35,18 +35,18 @@ inline constexpr struct {
 // A cluster of 1 << i CTAs has index i everywhere.
 inline constexpr int kClusterSizes = 5;
 
-// A GPU, as cudaGetDeviceProperties and cudaOccupancyMaxActiveClusters describe it.
-struct Device {
-  std::string name;
-  int capability = 0;  // 10 * major + minor
+// A GPU, as cuda/describe.cu asks for it. Of plain C types in this order: native.py reads it.
+struct Gpu {
+  char name[256] = "";
+  int64_t capability = 0;  // 10 * major + minor
   int64_t sms = 0;
   int64_t shared_per_sm = 0, shared_per_block = 0;        // bytes; the latter with opt-in
   int64_t registers_per_sm = 0, registers_per_block = 0;  // of 32 bits
   int64_t threads_per_block = 0;
   int64_t l2_bytes = 0;
-  double clock_ghz = 0, dram_gb_s = 0;
+  double clock_ghz = 0, dram_gb_s = 0;  // 0: the driver does not tell
   // The most clusters of each size that are active at a time with one CTA an SM; 0: none fits.
-  std::array<int64_t, kClusterSizes> clusters{};
+  int64_t clusters[kClusterSizes] = {};
 };
 
 struct PlanProblem {
@@ -103,7 +103,7 @@ constexpr int64_t unit_begin(int64_t H, int64_t granule, int64_t team, int64_t i
 // built_only, what is not built is planned but does not run.
 // Throws std::invalid_argument for a problem or a name that makes no sense, std::runtime_error
 // with the reason where the named algorithm cannot run the problem.
-Choice make_plan(const PlanProblem& problem, const Device& device, const std::string& algorithm,
+Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::string& algorithm,
                  bool built_only);
 
 }  // namespace fused_rnn

@@ -2,8 +2,10 @@
 #include "plan_binding.h"
 
 #include <pybind11/stl.h>
+#include <stdio.h>
 
 #include <algorithm>
+#include <array>
 #include <iterator>
 #include <stdexcept>
 #include <string>
@@ -28,24 +30,25 @@ int find(const Table& table, const std::string& name, const char* kind) {
   return int(row - std::begin(table));
 }
 
-Device to_device(const py::dict& d) {
-  Device device;
+Gpu to_gpu(const py::dict& d) {
+  Gpu gpu;
   const auto read = [&](const char* key, auto* field) {
     *field = d[key].cast<std::remove_pointer_t<decltype(field)>>();
   };
-  read("name", &device.name);
-  read("capability", &device.capability);
-  read("sms", &device.sms);
-  read("shared_per_sm", &device.shared_per_sm);
-  read("shared_per_block", &device.shared_per_block);
-  read("registers_per_sm", &device.registers_per_sm);
-  read("registers_per_block", &device.registers_per_block);
-  read("threads_per_block", &device.threads_per_block);
-  read("l2_bytes", &device.l2_bytes);
-  read("clock_ghz", &device.clock_ghz);
-  read("dram_gb_s", &device.dram_gb_s);
-  read("clusters", &device.clusters);
-  return device;
+  snprintf(gpu.name, sizeof gpu.name, "%s", d["name"].cast<std::string>().c_str());
+  read("capability", &gpu.capability);
+  read("sms", &gpu.sms);
+  read("shared_per_sm", &gpu.shared_per_sm);
+  read("shared_per_block", &gpu.shared_per_block);
+  read("registers_per_sm", &gpu.registers_per_sm);
+  read("registers_per_block", &gpu.registers_per_block);
+  read("threads_per_block", &gpu.threads_per_block);
+  read("l2_bytes", &gpu.l2_bytes);
+  read("clock_ghz", &gpu.clock_ghz);
+  read("dram_gb_s", &gpu.dram_gb_s);
+  const auto clusters = d["clusters"].cast<std::array<int64_t, kClusterSizes>>();
+  std::copy(clusters.begin(), clusters.end(), gpu.clusters);
+  return gpu;
 }
 
 py::dict to_dict(const Plan& plan) {
@@ -87,7 +90,7 @@ py::dict plan(const py::dict& device, const std::string& cell, const std::string
   problem.arithmetic = Arithmetic(find(kArithmetics, arithmetic, "arithmetic"));
   problem.T = T, problem.N = N, problem.H = H, problem.P = P;
   problem.backward = backward, problem.h_mask = h_mask, problem.keep = keep;
-  const Choice choice = make_plan(problem, to_device(device), algorithm, built_only);
+  const Choice choice = make_plan(problem, to_gpu(device), algorithm, built_only);
   py::dict plans, refusals, d;
   for (size_t i = 0; i < choice.plans.size(); ++i) {
     if (choice.refusals[i].empty())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,37 @@ def _connect() -> Callable[..., bool]:
     kernel = ctypes.cast(ctypes.CDLL(str(_LIBRARY)).fused_rnn_cell, ctypes.c_void_p).value
     _C.connect(Tensor, torch.nn.Parameter, kernel)
     return _C.small_step
+
+
+class _Gpu(ctypes.Structure):
+    """``fused_rnn::Gpu`` of ``csrc/plan.h``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char * 256),
+        ("capability", ctypes.c_int64),
+        ("sms", ctypes.c_int64),
+        ("shared_per_sm", ctypes.c_int64),
+        ("shared_per_block", ctypes.c_int64),
+        ("registers_per_sm", ctypes.c_int64),
+        ("registers_per_block", ctypes.c_int64),
+        ("threads_per_block", ctypes.c_int64),
+        ("l2_bytes", ctypes.c_int64),
+        ("clock_ghz", ctypes.c_double),
+        ("dram_gb_s", ctypes.c_double),
+        ("clusters", ctypes.c_int64 * 5),
+    )
+
+
+def describe_gpu(index: int) -> dict[str, Any]:
+    """What the CUDA library says of a device: the fields of :class:`fused_rnn.plan.Device`."""
+    if CUDA_UNAVAILABLE is not None:
+        raise RuntimeError(f"fused_rnn cannot describe a GPU: {CUDA_UNAVAILABLE}")
+    gpu, reason = _Gpu(), ctypes.create_string_buffer(1024)
+    describe = ctypes.CDLL(str(_CUDA_LIBRARY)).fused_rnn_describe
+    if describe(ctypes.c_int(index), ctypes.byref(gpu), reason, ctypes.c_int(len(reason))):
+        raise RuntimeError(f"fused_rnn: {reason.value.decode()}")
+    fields = {name: getattr(gpu, name) for name, *_ in _Gpu._fields_}
+    return fields | {"name": gpu.name.decode(), "clusters": tuple(gpu.clusters)}
 
 
 # Why the native ops cannot be used, or None.

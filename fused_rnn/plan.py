@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["ALGORITHMS", "KNOWN_DEVICES", "Device", "Plan", "plan"]
+from . import native
+
+__all__ = ["ALGORITHMS", "KNOWN_DEVICES", "Device", "Plan", "describe", "plan"]
 
 ALGORITHMS = ("stepwise", "cluster", "grid")
 
@@ -27,7 +29,7 @@ _OPTIONS = ("control", "rows", "h_mask", "keep")
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, in the terms of ``cudaGetDeviceProperties``.
+    """A GPU, in the terms of ``cudaGetDeviceProperties``; :func:`describe` asks for it.
 
     Args:
         name: what the device is called.
@@ -38,7 +40,7 @@ class Device:
         threads_per_block: the most of a CTA.
         l2_bytes: size of the L2 cache.
         clock_ghz: highest SM clock in GHz.
-        dram_gb_s: bandwidth of global memory in 10^9 bytes a second.
+        dram_gb_s: bandwidth of global memory in 10^9 bytes a second, from its highest clock.
         clusters: the most clusters of 1, 2, 4, 8 and 16 CTAs that are active at a time with one
             CTA an SM, as ``cudaOccupancyMaxActiveClusters`` counts them; 0 where none fits.
     """
@@ -55,6 +57,22 @@ class Device:
     clock_ghz: float
     dram_gb_s: float
     clusters: tuple[int, int, int, int, int]
+
+
+def describe(index: int) -> Device:
+    """The description of a CUDA device of this machine, by the run time in the CUDA library.
+
+    A device is asked once a process. Where its driver does not tell a clock, what follows from it
+    is 0, and :func:`plan` refuses the device.
+
+    Args:
+        index: the device's number, as in ``torch.device("cuda", index)``.
+
+    Raises:
+        RuntimeError: the installation has no CUDA library, or CUDA has no such device; the reason
+            is in words.
+    """
+    return Device(**native.describe_gpu(index))
 
 
 def _known(
@@ -85,7 +103,7 @@ def _known(
     )
 
 
-# For tests and for looking at plans; a run describes its device itself. Registers, threads and
+# For tests and for looking at plans; describe() asks the GPU that is there. Registers, threads and
 # shared memory, of which CUDA keeps 1 KB for each CTA: the CUDA C++ Programming Guide's table of
 # compute capabilities. SMs, L2, highest clock, bandwidth: NVIDIA's data sheets, white papers and
 # tuning guides.
@@ -235,7 +253,7 @@ def plan(
         N: rows of the batch.
         H: hidden units.
         P: size of the LSTM's projection, 0 for none. Default: 0
-        device: the GPU; :data:`KNOWN_DEVICES` has some.
+        device: the GPU, from :func:`describe` or out of :data:`KNOWN_DEVICES`.
         backward: plan the backward pass. Default: ``False``
         tf32: float32 may be multiplied in TF32. Default: ``False``
         options: what acts inside the loop, out of ``"control"`` (resets, lengths), ``"rows"``

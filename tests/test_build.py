@@ -139,3 +139,65 @@ def test_fused_rnn_isa_asks_for_a_lesser_instruction_set(isa):
     ).stdout
     assert f"the {isa} kernels" in report
     assert torch.__version__ in report
+
+
+def executable(path: Path, prints: str = "") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\necho {prints}\n")
+    path.chmod(0o755)
+    return path
+
+
+def ask_setup(function: str, folder: Path, **environment: str) -> str:
+    """What a function of setup.py answers, with packages from folder/site and PATH folder/bin."""
+    code = f"import runpy; print(runpy.run_path('setup.py')['{function}']())"
+    environment = {"PATH": str(folder / "bin"), "PYTHONPATH": str(folder / "site")} | environment
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    return (done.stdout if done.returncode == 0 else done.stderr).strip()
+
+
+def test_nvcc_is_named_or_in_cuda_home_or_on_path_or_in_nvidias_packages(tmp_path):
+    home = {"CUDA_HOME": str(tmp_path / "home")}
+    named = {"NVCC": "/somewhere/nvcc"} | home
+    executable(tmp_path / "site" / "nvidia" / "cu12" / "bin" / "nvcc")
+    packaged = executable(tmp_path / "site" / "nvidia" / "cu99" / "bin" / "nvcc")
+    assert ask_setup("find_nvcc", tmp_path, **home) == str(packaged)
+    on_path = executable(tmp_path / "bin" / "nvcc")
+    assert ask_setup("find_nvcc", tmp_path, **home) == str(on_path)
+    in_home = executable(tmp_path / "home" / "bin" / "nvcc")
+    assert ask_setup("find_nvcc", tmp_path) == str(on_path)
+    assert ask_setup("find_nvcc", tmp_path, **home) == str(in_home)
+    assert ask_setup("find_nvcc", tmp_path, **named) == "/somewhere/nvcc"
+
+
+@pytest.mark.parametrize("version", ["cuda: Optional[str] = '13.0'", "cuda: Optional[str] = None"])
+def test_cuda_is_built_where_torch_has_it_and_for_nvidias_packages_where_a_gpu_is(
+    version, tmp_path
+):
+    torch_folder = tmp_path / "site" / "torch"
+    torch_folder.mkdir(parents=True)
+    (torch_folder / "__init__.py").touch()
+    (torch_folder / "version.py").write_text(f"{version}\n")
+    has_cuda = "None" not in version
+    executable(tmp_path / "site" / "nvidia" / "cu99" / "bin" / "nvcc")
+    assert ask_setup("wants_cuda", tmp_path) == "False"
+    assert ask_setup("wants_cuda", tmp_path, FORCE_CUDA="1") == "True"
+    gpu = executable(tmp_path / "bin" / "nvidia-smi", prints="9.0")
+    assert ask_setup("wants_cuda", tmp_path) == str(has_cuda)
+    assert ask_setup("wants_cuda", tmp_path, FORCE_CUDA="0") == "False"
+    assert "code=sm_90" in ask_setup("cuda_architectures", tmp_path)
+    gpu.unlink()
+    executable(tmp_path / "bin" / "nvcc")
+    assert ask_setup("wants_cuda", tmp_path) == str(has_cuda)
+
+
+def test_cuda_that_is_forced_needs_a_compiler_and_the_sentence_says_where_from(tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    # Hides what this environment has of the packages.
+    (site / "nvidia.py").touch()
+    said = ask_setup("wants_cuda", tmp_path, FORCE_CUDA="1")
+    assert "nvcc was not found" in said
+    assert "pip install cuda-toolkit[cccl,cudart,nvcc]" in said

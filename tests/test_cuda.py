@@ -11,7 +11,7 @@ from twins import twins
 import fused_rnn
 from fused_rnn import backends, native
 from fused_rnn.backends import cudnn, tuning
-from fused_rnn.plan import KNOWN_DEVICES, plan
+from fused_rnn.plan import KNOWN_DEVICES, Device, plan
 
 H100 = ((9, 0), 132)
 
@@ -34,7 +34,7 @@ def tf32_flag():
 def on_h200(monkeypatch):
     """As if there were an H200 that runs our kernels, and nothing measured on it."""
     monkeypatch.setattr(backends.cuda, "available", lambda: None)
-    monkeypatch.setattr(backends.cuda, "_described_device", lambda _: KNOWN_DEVICES["H200"])
+    monkeypatch.setattr(backends.cuda, "describe", lambda _: KNOWN_DEVICES["H200"])
     monkeypatch.setattr(backends.torch_nn, "cudnn_can_run", lambda _: True)
     monkeypatch.setattr(tuning, "table", dict)
     backends.cuda.faster_than_torch.cache_clear()
@@ -199,19 +199,36 @@ def test_auto_on_cuda_takes_torchs_kernels_until_ours_are_measured(compiling, mo
         backends.choose(asked, "cuda")
 
 
-@pytest.mark.parametrize(("processors", "known"), [(132, True), (131, False)])
-def test_the_explanation_holds_the_plan_of_a_known_gpu(processors, known, monkeypatch):
-    device = SimpleNamespace(major=9, minor=0, multi_processor_count=processors)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
-    monkeypatch.setattr(backends.torch_nn, "cudnn_can_run", lambda _: True)
+def refuse(_: int) -> Device:
+    raise RuntimeError("there is no moon tonight")
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_explanation_holds_the_plan_for_the_gpu_or_why_there_is_none(known, monkeypatch):
+    describe = (lambda _: KNOWN_DEVICES["H100 SXM"]) if known else refuse
+    monkeypatch.setattr(backends.cuda, "describe", describe)
     text = backends.cuda.explain(problem(packed=True))
     assert text.startswith("stepwise")
     assert ("not built grid, predicted" in text) == known
     assert ("T=1024 N=16 H=768" in text) == known
+    assert ("no plan: there is no moon tonight" in text) != known
+
+
+def test_the_explanation_of_torchs_kernels_names_cudnns_algorithm(monkeypatch):
+    device = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(backends.torch_nn, "cudnn_can_run", lambda _: True)
     text = backends.torch_nn.explain(problem(cell="gru"))
     assert "cuDNN" in text
     assert cudnn.STANDARD in text
+
+
+def test_auto_does_not_fail_where_the_gpu_cannot_be_described(on_h200, monkeypatch):
+    monkeypatch.setattr(backends.cuda, "describe", refuse)
+    chosen, why = backends.choose(problem(), "auto")
+    assert chosen.NAME == "torch"
+    assert "no moon tonight" in why
 
 
 @pytest.mark.parametrize("compiled", [False, True])

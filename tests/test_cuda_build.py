@@ -1,21 +1,26 @@
 """The CUDA library compiles and links where there is nvcc and a torch without CUDA."""
 
+import ctypes
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numerics
 import pytest
-from torch.utils.cpp_extension import include_paths
+from emulator import build
+from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECK = ROOT / "csrc" / "check_cuda.py"
-NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
+# Where setup.py's build with this Python leaves what it compiles.
+OBJECTS = ROOT / "build" / f"release-{sys.implementation.cache_tag}"
 
-needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler, on PATH")
+needs_nvcc = pytest.mark.skipif(
+    build.nvcc() is None,
+    reason="needs nvcc, CUDA's compiler: pip install cuda-toolkit[cccl,cudart,nvcc]",
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +30,8 @@ def library(tmp_path_factory):
     environment = os.environ | {"FORCE_CUDA": "1"}
     if not numerics.FULL:
         environment["TORCH_CUDA_ARCH_LIST"] = "9.0"
-    build = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)]
-    result = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "fused_rnn" / "libfused_rnn_cuda.so"
 
@@ -39,7 +44,7 @@ def lines(*command):
 def test_no_kernel_spills(library):
     result = subprocess.run([sys.executable, CHECK], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert re.match(r"\d{3,} kernels, none spills", result.stdout)
+    assert re.match(r"\d{3,} kernels for (sm_\d+, )*sm_\d+, none spills", result.stdout)
 
 
 @needs_nvcc
@@ -48,6 +53,28 @@ def test_it_finds_torchs_cuda_libraries_through_libtorch_and_brings_its_own_runt
     names = {re.search(r"\[(.+)\]", line)[1] for line in needed}
     assert "libtorch.so" in names
     assert not [name for name in names if re.match(r"lib(cuda|cublas|cudnn|torch_cuda)", name)]
+
+
+@needs_nvcc
+def test_it_shows_one_function_of_its_own_the_description_of_a_gpu(library):
+    defined = lines("nm", "-D", "--defined-only", "--format=posix", library)
+    functions = {line.split()[0] for line in defined if line.split()[1] == "T"}
+    assert {name for name in functions if not name.startswith("_")} == {"fused_rnn_describe"}
+
+
+@needs_nvcc
+def test_cudas_own_run_time_says_in_words_that_there_is_no_such_gpu(library, tmp_path):
+    # The part that a torch without CUDA can load.
+    described = tmp_path / "described.so"
+    objects = OBJECTS / "cuda.describe.o"
+    runtime = Path(build.nvcc()).parent.parent / "lib"
+    torch_libraries = [f"-L{path}" for path in library_paths()]
+    command = [build.nvcc(), "-shared", "-cudart", "static", objects, "-o", described]
+    lines(*command, *torch_libraries, "-ltorch_cpu", f"-L{runtime}")
+    reason = ctypes.create_string_buffer(1024)
+    index = ctypes.c_int(1000)
+    assert ctypes.CDLL(str(described)).fused_rnn_describe(index, None, reason, len(reason)) == 1
+    assert re.match(r"CUDA does not describe device 1000: [\w ]+$", reason.value.decode())
 
 
 @needs_nvcc
@@ -66,27 +93,76 @@ def test_every_torch_symbol_it_needs_is_in_torch_2_10(library):
     assert needed <= set(re.findall(r"\w+", declared.stdout))
 
 
-SAID = """ptxas info    : Compiling entry function '_ZN9fused_rnn4cuda4fillIfEEvPT_' for 'sm_90'
-ptxas info    : Function properties for _ZN9fused_rnn4cuda4fillIfEEvPT_
+FILL = "_ZN9fused_rnn4cuda4fillIfEEvPT_"
+SAID = """ptxas info    : Compiling entry function '{symbol}' for 'sm_{arch}'
+ptxas info    : Function properties for {symbol}
     {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
-ptxas info    : Used 10 registers, used 0 barriers, 48 bytes smem
+ptxas info    : Used {registers} registers, used 0 barriers, 48 bytes smem
 """
 
 
-@pytest.mark.parametrize("spill", [{}, {"stack": 8}, {"stores": 4}, {"loads": 4}], ids=str)
-def test_a_spill_fails_the_check(spill, tmp_path):
-    log, page = tmp_path / "log", tmp_path / "page.md"
-    log.write_text(SAID.format(**{"stack": 0, "stores": 0, "loads": 0} | spill))
-    result = subprocess.run([sys.executable, CHECK, page, log], capture_output=True, text=True)
-    assert (result.returncode == 0) == (not spill), result.stderr
-    assert page.exists() == (not spill)
-    if spill:
-        assert "fill for sm_90" in result.stderr
-    else:
-        assert "| `fill` | 1 | 10, 48 |" in page.read_text()
+def said(symbol=FILL, arch=90, stack=0, stores=0, loads=0, registers=10):
+    return SAID.format_map(locals())
 
 
-def test_a_log_without_kernels_fails_the_check(tmp_path):
-    (tmp_path / "log").write_text("nvcc warning : nothing to do\n")
-    command = [sys.executable, CHECK, tmp_path / "page.md", tmp_path / "log"]
-    assert subprocess.run(command, capture_output=True).returncode != 0
+def check(folder, *logs, archs=(80, 90)):
+    """Runs check_cuda.py on a build for these architectures whose compilers said that."""
+    flags = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    ninja = f"rule nvcc\n  command = nvcc {flags} -gencode=arch=compute_90,code=compute_90 $in\n"
+    for i, log in enumerate(logs):
+        ninja += f"build cuda.{i}.o: nvcc {i}.cu\n"
+        (folder / f"cuda.{i}.o.log").write_text(log)
+    (folder / "build.ninja").write_text(f"{ninja}build ops.o: compile ops.cpp\n")
+    command = [sys.executable, CHECK, folder / "page.md", folder]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_kernels_without_spills_for_every_architecture_pass_and_are_listed(tmp_path):
+    other = FILL.replace("4fillIf", "4fillId")
+    first = said(arch=80) + said(arch=90, registers=12)
+    second = said(other, arch=80, registers=14) + said(other, arch=90)
+    result = check(tmp_path, first, second)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "4 kernels for sm_80, sm_90, none spills\n"
+    assert "| `fill` | 2 | 14, 48 | 12, 48 |" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("log", "complaint"),
+    [
+        (said(arch=80) + said(stack=8), "fill for sm_90 keeps 8 bytes"),
+        (said(arch=80, stores=4) + said(), "fill for sm_80 keeps 4 bytes"),
+        (said(arch=80) + said(loads=4), "fill for sm_90 keeps 4 bytes"),
+        (said(), f"for sm_80 1 of 1 kernels were not compiled: {FILL}"),
+        (
+            said(arch=80) + said(FILL.replace("If", "Id")),
+            f"for sm_90 1 of 2 kernels were not compiled: {FILL}",
+        ),
+        (
+            said(arch=80) + said() + said(arch=75),
+            "for sm_75 kernels were compiled, and nobody asked",
+        ),
+        (
+            f"ptxas warning : Value of threads per SM for entry {FILL} is out of range. "
+            ".minnctapersm will be ignored\n" + said(arch=80) + said(),
+            ".minnctapersm will be ignored",
+        ),
+        ("nvcc warning : nothing to do\n", "0 complaints of 0 kernels"),
+        (said(symbol="_Z5otherv"), "ptxas says nothing it knows of _Z5otherv"),
+    ],
+    ids=lambda value: value if value.isprintable() else "",
+)
+def test_what_is_wrong_in_the_log_fails_the_check(log, complaint, tmp_path):
+    result = check(tmp_path, log)
+    assert result.returncode != 0
+    assert complaint in result.stderr
+    assert not (tmp_path / "page.md").exists()
+
+
+# ptxas holds a kernel to the bounds that it has, and to none where it has none.
+def test_every_kernel_has_launch_bounds():
+    kernel = r"(?<!#define )FUSED_RNN_KERNEL\b.*|(?<!FUSED_RNN_KERNEL )__global__ void\b.*"
+    sources = (ROOT / "csrc" / "cuda").glob("*.cu*")
+    kernels = [line for path in sources for line in re.findall(kernel, path.read_text())]
+    assert len(kernels) > 10
+    assert [line for line in kernels if not re.search(r"launch_bounds(__)?\(", line, re.I)] == []

@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import torch
-
 from .. import native
 from ..autograd import layer
-from ..plan import ALGORITHMS, KNOWN_DEVICES, Device, Plan, plan
+from ..plan import ALGORITHMS, Device, Plan, describe, plan
 from . import cpu, cudnn, tuning
 from . import torch as torch_nn
 from .cpu import cell_step
@@ -36,8 +34,10 @@ def explain(problem: Problem) -> str:
     if problem.T == 0:
         return "torch's two GEMMs, then one native pointwise kernel"
     what = "stepwise: one product by cuBLAS and one native pointwise kernel a step"
-    device = _described_device(problem.ordinal)
-    return what if device is None else f"{what}\n{_plan(problem, device)}"
+    try:
+        return f"{what}\n{_plan(problem, describe(problem.ordinal))}"
+    except (RuntimeError, ValueError) as error:
+        return f"{what}\nno plan: {error}"
 
 
 def lacks(algorithm: str, problem: Problem) -> str | None:
@@ -46,12 +46,9 @@ def lacks(algorithm: str, problem: Problem) -> str | None:
         return None
     if problem.T == 0:
         return f"a single step has no time loop for {algorithm!r} to run"
-    device = _described_device(problem.ordinal)
-    if device is None:
-        return f"nothing is known of this GPU, and {algorithm!r} is planned for one"
     try:
-        _plan(problem, device, algorithm)
-    except RuntimeError as error:
+        _plan(problem, describe(problem.ordinal), algorithm)
+    except (RuntimeError, ValueError) as error:
         return str(error)
     return None
 
@@ -81,14 +78,18 @@ def faster_than_torch(problem: Problem, tf32: bool) -> tuple[bool, str]:
     A measurement near it decides. Without one, ours has to keep the weights on the chip where torch
     would have cuDNN run a product and a pointwise kernel a step.
     """
-    unmeasured = "ours was not measured near this size on this GPU; ask for it by name"
-    device = _described_device(problem.ordinal)
-    if device is None:
-        return False, unmeasured
+    try:
+        return _faster(problem, describe(problem.ordinal), tf32)
+    except (RuntimeError, ValueError) as error:
+        return False, f"no plan for ours: {error}"
+
+
+def _faster(problem: Problem, device: Device, tf32: bool) -> tuple[bool, str]:
     row = tuning.measured(problem, device.name, tf32)
     if row is not None:
         where = f"T={row.T} N={row.N} H={row.H}, {row.algorithm}"
         return row.speedup >= 1, f"measured at {row.speedup:.2f} times torch.nn's speed ({where})"
+    unmeasured = "ours was not measured near this size on this GPU; ask for it by name"
     if problem.T == 0 or not torch_nn.cudnn_can_run(problem):
         return False, unmeasured
     capability = divmod(device.capability, 10)
@@ -98,13 +99,3 @@ def faster_than_torch(problem: Problem, tf32: bool) -> tuple[bool, str]:
     if asked == {cudnn.STANDARD} and "stepwise" not in plans:
         return True, "torch would launch kernels for each step, ours keeps the weights on the chip"
     return False, unmeasured
-
-
-def _described_device(index: int) -> Device | None:
-    """The description of a GPU, if it is one that the planner has."""
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(index)
-    capability = 10 * found.major + found.minor
-    like = [d for d in KNOWN_DEVICES.values() if d.capability == capability]
-    return next((d for d in like if d.sms == found.multi_processor_count), None)

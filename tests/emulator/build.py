@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -32,6 +33,11 @@ TSAN_OPTIONS = "exitcode=0 symbolize=0 suppress_equal_stacks=0 suppress_equal_ad
 
 def compiler() -> str | None:
     return shutil.which(CXX[0])
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler that setup.py would take."""
+    return runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
 
 
 def _digest(command: list[str], files: Iterable[str]) -> str:
