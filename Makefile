@@ -2,7 +2,7 @@
 # PYTHON= chooses the Python it is made with, CXX= the compiler, PYTEST= adds options for pytest.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP_FOLDERS := csrc csrc/cpu csrc/cuda tests/emulator tests/emulator/cases tests/emulator/cuda tests/emulator/ops
+CPP_FOLDERS := benchmarks/micro csrc csrc/cpu csrc/cuda tests/emulator tests/emulator/cases tests/emulator/cuda tests/emulator/ops
 CPP_SOURCES = $(wildcard $(foreach kind,h cpp cu cuh,$(CPP_FOLDERS:=/*.$(kind))))
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op
