@@ -40,7 +40,12 @@ class Provenance:
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return slug(self.device)
+
+
+def slug(device: str) -> str:
+    """The name of a device's folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 class Line:
