@@ -193,7 +193,7 @@ def micro(check: Check) -> Outcome:
 def bench(check: Check) -> Outcome:
     seconds = min(BENCH_S, check.left - LEAST_S)
     out = ("--out", check.folder.parent)
-    ended = check.command(PYTHON, results.ROOT / "gpu_grid.py", *out, "--seconds", str(seconds))
+    ended = check.command(PYTHON, results.ROOT / "gpu_grid.py", *out, "--seconds", f"{seconds:.0f}")
     counted = re.findall(r"^\d+ of \d+ points measured.*", ended.output, re.MULTILINE)
     said = counted[-1] if counted else "it was ended before it counted its rows"
     if ended.status is None:

@@ -2,7 +2,7 @@
 
 import csv
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,14 +120,23 @@ def driver_version() -> str:
     return answer.stdout.split("\n")[0].strip() or "unknown"
 
 
-def read(path: Path, origin: GpuProvenance) -> list[GpuRow]:
-    """The rows that this code measured on this device before."""
+def lines(path: Path) -> list[dict[str, str]]:
+    """The lines of a file of rows, less one that a run was cut in; none of a file whose columns are
+    another version's."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if None not in line.values()]
+        reader = csv.DictReader(file)
+        wanted = {field.name for field in (*fields(GpuRow), *fields(GpuProvenance))}
+        if not wanted <= set(reader.fieldnames or ()):
+            return []
+        return [line for line in reader if None not in line.values()]
+
+
+def read(path: Path, origin: GpuProvenance) -> list[GpuRow]:
+    """The rows that this code measured on this device before."""
     same = ("device", "commit", "torch")
-    here = [line for line in lines if all(line[k] == getattr(origin, k) for k in same)]
+    here = [x for x in lines(path) if all(x[k] == getattr(origin, k) for k in same)]
     return [GpuRow.parse(line) for line in here]
 
 

@@ -74,7 +74,8 @@ class Check:
         before = self.state.get(piece, {})
         same = all(before.get(k) == v for k, v in self.stamp.items())
         self.found = before.get("found", {}) if same else {}
-        self.state[piece] = {**self.stamp, "found": self.found}
+        over = {"status": "cut", "sentence": "it was ended from outside", "date": now()}
+        self.state[piece] = {**self.stamp, **over, "found": self.found}
         try:
             outcome = work(self)
         except Exception as error:  # the other pieces' results are worth having all the same
@@ -134,6 +135,9 @@ class Check:
         except subprocess.TimeoutExpired:
             status = None
             end(process)
+        except KeyboardInterrupt:  # its session is its own: the terminal does not end it
+            end(process)
+            raise
         reader.join(GRACE_S)
         return Finished(status, "".join(lines))
 

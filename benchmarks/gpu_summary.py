@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_rows
 from gpu_rows import TORCH, GpuRow
 
 PIECES = ("build", "test", "sanitize", "micro", "bench")
@@ -55,10 +56,8 @@ def pieces(state: dict[str, Any]) -> Iterator[str]:
     for name in PIECES:
         s = state.get(name, {})
         seconds = f"{s['seconds']:.0f}" if "seconds" in s else ""
-        told = (s.get("status", MISSING), s.get("sentence", ""), seconds)
-        lines.append(
-            f"| {name} | {' | '.join(told)} | {s.get('date', '')} | {s.get('commit', '')} |"
-        )
+        told = [s.get("status", MISSING), *(s.get(k, "") for k in ("sentence", "date", "commit"))]
+        lines.append(f"| {name} | {' | '.join(told)} | {seconds} |")
     yield table("| piece | | | date | commit | seconds |", lines)
 
 
@@ -140,10 +139,7 @@ def place(row: dict[str, str]) -> tuple[str, ...]:
 
 def read_grid(path: Path) -> tuple[list[GpuRow], dict[str, str]]:
     """The rows of the newest commit, and the last line's provenance."""
-    if not path.exists():
-        return [], {}
-    with path.open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if None not in line.values()]
+    lines = gpu_rows.lines(path)
     if not lines:
         return [], {}
     last = lines[-1]

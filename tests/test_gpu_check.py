@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,7 +79,8 @@ def test_all_pieces_run_in_order_and_one_failure_fails_all(tmp_path, capsys):
     assert found["test"]["sentence"] == "exit status 7"
     assert "2 of 3 pieces passed" in capsys.readouterr().out
     summary = (tmp_path / "some-gpu" / "summary.md").read_text()
-    assert "| test | failed | exit status 7 |" in summary
+    date = found["test"]["date"]
+    assert f"| test | failed | exit status 7 | {date} | {found['test']['commit']} |" in summary
     assert "heard" in (tmp_path / "some-gpu" / "gpu-check.log").read_text()
     assert go(tmp_path, {"build": passing, "bench": passing}) == 0
 
@@ -92,18 +94,31 @@ def test_one_piece_by_name_leaves_the_others_as_they_were(tmp_path, capsys):
     assert "no piece 'biuld': expected one of build, test" in capsys.readouterr().out
 
 
-def test_the_time_limit_ends_a_piece_with_its_children_and_the_next_one_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def stubborn(tmp_path, monkeypatch):
+    """A program that will not be interrupted, and the file that its child goes on writing to."""
     monkeypatch.setattr(gpu_run, "GRACE_S", 0.5)
     beat = tmp_path / "beat"
     child = f"import time\nwhile True: open({str(beat)!r}, 'a').write('x'); time.sleep(0.02)"
-    parent = (
+    program = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('begun', flush=True);"
         "time.sleep(600)"
     )
+    return program, beat
+
+
+def stands_still(beat):
+    size = beat.stat().st_size
+    time.sleep(0.3)
+    return beat.stat().st_size == size > 0
+
+
+def test_the_time_limit_ends_a_piece_with_its_children_and_the_next_one_runs(tmp_path, stubborn):
+    program, beat = stubborn
 
     def slow(check):
-        ended = check.command(sys.executable, "-c", parent)
+        ended = check.command(sys.executable, "-c", program)
         assert "begun" in ended.output
         return Outcome("cut" if ended.status is None else "passed", ended.how)
 
@@ -114,9 +129,31 @@ def test_the_time_limit_ends_a_piece_with_its_children_and_the_next_one_runs(tmp
     assert found["test"]["status"] == "cut"
     assert found["test"]["sentence"] == "cut by the time limit"
     assert found["bench"]["status"] == "passed"
-    size = beat.stat().st_size
-    time.sleep(0.3)
-    assert beat.stat().st_size == size > 0
+    assert stands_still(beat)
+
+
+def test_an_interrupt_ends_what_runs_and_what_was_found_is_kept(tmp_path, stubborn):
+    program, beat = stubborn
+
+    def interrupted(check):
+        check.found["files"] = {"test_a.py": {"status": "passed"}}
+        check.save()
+        check.command(sys.executable, "-c", program)
+        raise AssertionError("the interrupt did not come")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path, {"test": interrupted})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stands_still(beat)
+    assert state(tmp_path)["test"]["status"] == "cut"
+    assert state(tmp_path)["test"]["found"]["files"]["test_a.py"]["status"] == "passed"
 
 
 def test_a_piece_goes_on_with_what_it_found_unless_the_code_is_another(tmp_path):

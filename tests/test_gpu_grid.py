@@ -170,6 +170,7 @@ def test_a_file_with_other_columns_is_not_appended_to(tmp_path):
     ):
         pass
     assert (tmp_path / "grid.csv").read_text() == "cell,ms\nlstm,1\n"
+    assert "Times: not yet measured." in gpu_summary.summary(tmp_path)
 
 
 def test_no_row_is_begun_after_the_time_is_over(tmp_path, capsys):
