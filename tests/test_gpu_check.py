@@ -251,6 +251,20 @@ def test_build_says_whether_a_cpu_built_library_loads(tmp_path, monkeypatch):
         assert str(library) in now.asked[-1][0]
 
 
+@numerics.needs_native
+def test_a_library_from_elsewhere_takes_the_place_of_the_packages_own(tmp_path):
+    library = tmp_path / "libfused_rnn_cpu.so"
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_load.py", library, "--backend", "cpu"]
+    shutil.copy(ROOT / "fused_rnn" / library.name, library)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "its LSTM agrees with the reference" in result.stdout
+    library.write_text("no library")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"{library.name} does not load with torch" in result.stderr
+
+
 def test_build_fails_without_the_cuda_backend(tmp_path):
     absent = (
         "-m fused_rnn",
