@@ -42,6 +42,7 @@ ROW_S = 0.8
 """Seconds of timing a point, where its least repeats take less."""
 LEAST, MOST = 5, 50
 CALIBRATION = {"cuda": (4096, torch.float16), "cpu": (timing.CALIBRATION_SIZE, torch.float32)}
+OUT_OF_MEMORY = "out of memory"
 DEVICE_BROKEN = 3
 """Exit status where the device is in error and nothing more can be measured."""
 
@@ -75,10 +76,14 @@ class Bench:
 
     def rows(self, point: Point) -> list[GpuRow]:
         """Measures all providers at ``point``."""
+        self.free()  # the last point's memory
         with tf32(point.arithmetic.tf32):
             verdicts = {name: Verdict() for name in self.providers}
             if affordable(point):
                 self.check(point, verdicts)
+                for verdict in verdicts.values():
+                    if verdict.status == OUT_OF_MEMORY:  # without float64 beside it, it may fit
+                        verdict.status = ""
             cases = {}
             for name in self.providers:
                 if not verdicts[name].status:
@@ -86,7 +91,6 @@ class Bench:
                         cases[name] = self.prepare(point, name)
             peaks, samples = self.time(point, cases, verdicts)
             answers = {name: self.answer(point, name, cases.get(name)) for name in self.providers}
-        self.free()
         return [
             GpuRow(
                 **gpu_rows.describe(point),
@@ -127,10 +131,8 @@ class Bench:
             verdict = verdicts.get(name, Verdict())
             with self.noting(verdict):
                 found[name] = self.results(point, name)
-            if verdict.status == "out of memory":
-                verdict.status = ""  # without its results and float64's beside it, it may fit
-            elif verdict.status:
-                say(f"{point}: {name} {verdict.status}")
+            if verdict.status:
+                say(f"{point}: {name} {verdict.status}, while checking")
             self.free()
         if not {"oracle", TORCH} <= found.keys():
             return
@@ -139,16 +141,16 @@ class Bench:
         loose = point.workload.cell == "rnn_relu"
         theirs, oracle = found[TORCH], found["oracle"]
         for name in found.keys() & self.providers.keys():
-            compared = check.compare_results(
-                name, found[name], theirs, oracle, point.arithmetic.eps
-            )
-            verdict = verdicts[name]
-            gradients = [c for c in compared if c.where.startswith(f"{name}: d ")]
-            outputs = [c for c in compared if c not in gradients]
-            verdict.output, verdict.gradient = gpu_rows.worst(outputs), gpu_rows.worst(gradients)
-            wrong = [c for c in (outputs if loose else compared) if not c.ok]
-            if wrong and name != TORCH:
-                verdict.status = f"wrong: {wrong[0]}"
+            verdict, eps = verdicts[name], point.arithmetic.eps
+            with self.noting(verdict):
+                compared = check.compare_results(name, found[name], theirs, oracle, eps)
+                gradients = [c for c in compared if c.where.startswith(f"{name}: d ")]
+                outputs = [c for c in compared if c not in gradients]
+                verdict.output = gpu_rows.worst(outputs)
+                verdict.gradient = gpu_rows.worst(gradients)
+                wrong = [c for c in (outputs if loose else compared) if not c.ok]
+                if wrong and name != TORCH:
+                    verdict.status = f"wrong: {wrong[0]}"
 
     def results(self, point: Point, name: str) -> dict[str, Tensor]:
         case = self.make(point, name, dropout=False)
@@ -256,10 +258,10 @@ class Bench:
         try:
             yield
             self.wait()
-        except (RuntimeError, AssertionError) as error:
+        except Exception as error:  # becomes a row, which fails the run
             sentence = (str(error).splitlines() or [type(error).__name__])[0]
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
-                verdict.status = "out of memory"
+                verdict.status = OUT_OF_MEMORY
             else:
                 verdict.status = f"failed: {sentence}"
         try:

@@ -211,6 +211,21 @@ def test_out_of_memory_is_a_row_and_no_failure(tmp_path):
     assert (rows[1].p50_ms, rows[1].ratio, rows[1].error_output) == (None, None, None)
 
 
+def test_what_does_not_fit_while_checking_is_timed_all_the_same(tmp_path):
+    calls = []
+
+    class FullAtFirst(nn.LSTM):
+        def forward(self, input, hx=None):
+            calls.append(input)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(input, hx)
+
+    status, (_, ours) = run(tmp_path, [LSTM], namespace=SimpleNamespace(LSTM=FullAtFirst))
+    assert (status, ours.status, ours.error_output) == (0, "ok", None)
+    assert ours.p50_ms > 0
+
+
 @pytest.mark.parametrize("module", [Wrong, Nan])
 def test_a_wrong_provider_is_not_timed_and_fails_the_run(module, tmp_path, capsys):
     status, (theirs, ours) = run(tmp_path, [LSTM], namespace=SimpleNamespace(LSTM=module))
@@ -233,6 +248,18 @@ def test_a_failure_is_a_row_and_fails_the_run(tmp_path):
     assert status == 1
     assert rows[1].status == "failed: there is no kernel for this"
     assert [row.status for row in rows[2:]] == ["ok", "ok"]
+
+
+def test_results_of_another_shape_or_dtype_are_a_failure(tmp_path):
+    class Wide(nn.LSTM):
+        def forward(self, input, hx=None):
+            output, states = super().forward(input, hx)
+            return output.double(), states
+
+    status, (theirs, ours) = run(tmp_path, [LSTM], namespace=SimpleNamespace(LSTM=Wide))
+    assert (status, theirs.status) == (1, "ok")
+    assert ours.status.startswith("failed: ours: output: torch.float64")
+    assert ours.p50_ms is None
 
 
 def test_a_device_in_error_stops_the_run_and_says_where(tmp_path, monkeypatch):
