@@ -2,8 +2,8 @@
 # PYTHON= chooses the Python it is made with, CXX= the compiler, PYTEST= adds options for pytest.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP_FOLDERS := csrc csrc/cpu csrc/cuda tests/emulator tests/emulator/cases tests/emulator/cuda tests/emulator/ops \
-    tests/fake_cuda tests/fake_cuda/torch/csrc/stable
+CPP_FOLDERS := benchmarks/micro csrc csrc/cpu csrc/cuda tests/emulator tests/emulator/cases \
+    tests/emulator/cuda tests/emulator/ops tests/fake_cuda tests/fake_cuda/torch/csrc/stable
 CPP_SOURCES = $(wildcard $(foreach kind,h cpp cu cuh,$(CPP_FOLDERS:=/*.$(kind))))
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op
@@ -33,12 +33,11 @@ cuda: .venv/installed  ## compile the CUDA library for every architecture; needs
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST= $(BIN)/python setup.py -q build --build-lib build/cuda
 	$(BIN)/python csrc/check_cuda.py docs/kernels.md
 
-# Offline, with the torch and pytest that are there; conftest.py would want more.
-gpu-check:  ## on a machine with a GPU: build with PYTHON's own torch, run the CUDA tests
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m fused_rnn
-	$(PYTHON) -m pytest --noconftest -q -rs tests/test_cuda_stepwise.py tests/test_cuda.py \
-	tests/test_describe.py $(PYTEST)
+# Offline, with the torch and pytest of PYTHON, not .venv. OUT= is the folder for results, CPU_BUILT=
+# a CUDA library that was built beside a torch without CUDA.
+gpu-check:  ## on a machine with a GPU: build, test, sanitize, micro, bench (PIECE= for one)
+	$(PYTHON) benchmarks/gpu_check.py $(if $(PIECE),--piece $(PIECE)) $(if $(OUT),--out "$(OUT)") \
+	    $(if $(CPU_BUILT),--cpu-built "$(CPU_BUILT)") --pytest='$(PYTEST)'
 
 lint: .venv/installed  ## ruff, mypy, clang-format: what pre-commit and CI run
 	$(BIN)/ruff check

@@ -51,6 +51,7 @@ class Comparison:
     error: float
     allowed: float
     torch_error: float
+    scale: float = 1.0  # the oracle's largest value
 
     @property
     def ok(self) -> bool:
@@ -69,8 +70,11 @@ class Comparison:
         )
 
 
-def compare(where: str, ours: Tensor, theirs: Tensor, oracle: Tensor) -> Comparison:
-    """Applies the rule to one tensor. A NaN in an error fails; it compares as not ok."""
+def compare(
+    where: str, ours: Tensor, theirs: Tensor, oracle: Tensor, eps: float | None = None
+) -> Comparison:
+    """Applies the rule to one tensor. A NaN in an error fails; it compares as not ok. ``eps`` is
+    that of the tensors' dtype, unless their products were made in another."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         raise AssertionError(
             f"{where}: {ours.dtype} {tuple(ours.shape)}, "
@@ -80,18 +84,31 @@ def compare(where: str, ours: Tensor, theirs: Tensor, oracle: Tensor) -> Compari
         return Comparison(where, 0.0, 0.0, 0.0)
     error = (ours.double() - oracle).abs().max().item()
     torch_error = (theirs.double() - oracle).abs().max().item()
-    ulp = torch.finfo(ours.dtype).eps * oracle.abs().max().item()
+    scale = oracle.abs().max().item()
+    ulp = (eps or torch.finfo(ours.dtype).eps) * scale
     ulps = FLOAT64_ULPS if ours.dtype == torch.float64 else ULPS
-    return Comparison(where, error, FACTOR * torch_error + ulps * ulp, torch_error)
+    return Comparison(where, error, FACTOR * torch_error + ulps * ulp, torch_error, scale)
 
 
 def compare_cases(where: str, cases: dict[str, Case], kind: str) -> list[Comparison]:
     """Compares every result of the cases ``fused_rnn``, ``torch`` and ``oracle``."""
     results = {name: case.results(kind) for name, case in cases.items()}
-    ours, theirs, oracle = (results[name] for name in ("fused_rnn", "torch", "oracle"))
+    return compare_results(where, *(results[name] for name in ("fused_rnn", "torch", "oracle")))
+
+
+def compare_results(
+    where: str,
+    ours: dict[str, Tensor],
+    theirs: dict[str, Tensor],
+    oracle: dict[str, Tensor],
+    eps: float | None = None,
+) -> list[Comparison]:
+    """Compares what :meth:`workloads.Case.results` gave, tensor by tensor."""
     if ours.keys() != theirs.keys():
         raise AssertionError(f"{where}: results {[*ours]}, torch.nn gives {[*theirs]}")
-    return [compare(f"{where}: {name}", ours[name], theirs[name], oracle[name]) for name in theirs]
+    return [
+        compare(f"{where}: {name}", ours[name], theirs[name], oracle[name], eps) for name in theirs
+    ]
 
 
 def check_all(

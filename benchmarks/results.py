@@ -6,6 +6,7 @@ of chosen parts only writes ``<date>-part.csv``, which never is.
 """
 
 import csv
+import hashlib
 import importlib
 import os
 import platform
@@ -39,11 +40,32 @@ class Provenance:
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
+        return slug(self.device)
+
+
+def slug(device: str) -> str:
+    """The name of a device's folder."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+class Line:
+    """What the dataclasses of rows share."""
+
+    @classmethod
+    def parse(cls, line: dict[str, str]) -> Self:
+        convert = {
+            int: int,
+            float: float,
+            str: str,
+            bool: "True".__eq__,
+            int | None: lambda text: int(text) if text else None,
+            float | None: lambda text: float(text) if text else None,
+        }
+        return cls(**{f.name: convert[f.type](line[f.name]) for f in fields(cls)})  # type: ignore
 
 
 @dataclass(frozen=True)
-class Row:
+class Row(Line):
     """One provider on one workload, pass and thread count. Times are milliseconds a call;
     ``ratio`` is torch.nn's time over this provider's, by the repeats' median; ``counts`` is false
     where the calibration says that the threads were not cores."""
@@ -73,33 +95,31 @@ class Row:
     def peak_mib(self) -> str:
         return "?" if self.peak_kib is None else f"{self.peak_kib / 1024:.1f}"
 
-    @classmethod
-    def parse(cls, line: dict[str, str]) -> "Row":
-        convert = {
-            int: int,
-            float: float,
-            str: str,
-            bool: "True".__eq__,
-            int | None: lambda text: int(text) if text else None,
-        }
-        return cls(**{f.name: convert[f.type](line[f.name]) for f in fields(cls)})  # type: ignore[index]
-
 
 class Writer:
-    """Appends rows to one CSV file, each with the run's provenance."""
+    """Writes rows to one CSV file, each with the run's provenance, a line at once. With ``append``
+    it goes on behind the rows of earlier runs, less a last line that a run was cut in."""
 
-    def __init__(self, path: Path, provenance: Provenance) -> None:
+    def __init__(
+        self, path: Path, provenance: Provenance, kind: type[Line] = Row, *, append: bool = False
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.provenance = asdict(provenance)
-        self.file = path.open("w", newline="")
-        names = [f.name for f in fields(Row)] + list(self.provenance)
+        names = [f.name for f in fields(kind)] + list(self.provenance)  # type: ignore[arg-type]
+        header = ",".join(names) + "\n"
+        before = path.read_text() if append and path.exists() else ""
+        before = before[: before.rfind("\n") + 1]
+        if before and not before.startswith(header):
+            raise ValueError(f"{path} has other columns than this version writes: move it away")
+        path.write_text(before or header)
+        self.file = path.open("a", newline="")
         self.csv = csv.DictWriter(self.file, names, lineterminator="\n")
-        self.csv.writeheader()
 
-    def write(self, row: Row) -> None:
-        numbers = {k: f"{v:.6g}" for k, v in asdict(row).items() if isinstance(v, float)}
-        self.csv.writerow(asdict(row) | numbers | self.provenance)
+    def write(self, row: Line) -> None:
+        values: dict[str, Any] = asdict(row)  # type: ignore[call-overload]
+        numbers = {k: f"{v:.6g}" for k, v in values.items() if isinstance(v, float)}
+        self.csv.writerow(values | numbers | self.provenance)
         self.file.flush()
 
     def __enter__(self) -> Self:
@@ -121,7 +141,9 @@ def read(path: Path) -> tuple[list[Row], Provenance]:
 
 def newest(folder: Path = RESULTS) -> Path:
     """The latest complete run below ``folder``."""
-    files = [path for path in folder.rglob("*.csv") if not path.stem.endswith(("-part", "-losses"))]
+    # Those of `make gpu-check` have names without a date.
+    dated = [path for path in folder.rglob("*.csv") if re.match(r"\d{4}-\d\d-\d\d", path.stem)]
+    files = [path for path in dated if not path.stem.endswith(("-part", "-losses"))]
     if not files:
         raise FileNotFoundError(f"no results under {folder}: run `make bench` first")
     return max(files, key=lambda path: path.name)
@@ -168,6 +190,21 @@ def device_name() -> str:
 def cores() -> int:
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def code_identity() -> str:
+    """Tells the code that was measured from any other: the commit, and behind it, where there are
+    changes or no checkout at all, the first digits of the sources' sha256. ``FUSED_RNN_COMMIT``
+    names the commit of a copy without its history."""
+    commit = os.environ.get("FUSED_RNN_COMMIT") or git_commit()
+    if re.fullmatch(r"[0-9a-f]{7,40}", commit):
+        return commit
+    house = ROOT.parent
+    sources = [house / "setup.py", *house.glob("csrc/**/*.*"), *house.glob("fused_rnn/**/*.py")]
+    digest = hashlib.sha256()
+    for path in sorted([*sources, *ROOT.glob("*.py"), *ROOT.glob("*.toml")]):
+        digest.update(path.read_bytes())
+    return f"{commit}-{digest.hexdigest()[:8]}"
 
 
 def git_commit() -> str:

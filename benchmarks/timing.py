@@ -66,12 +66,14 @@ def interleave(
     min_repeats: int = 5,
     max_repeats: int = 400,
     clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a call of every turn, one value a repeat; value ``i`` of all turns is the same
     repeat. Repeats until ``budget_s`` is spent, between ``min_repeats`` and ``max_repeats``;
-    the garbage collector waits outside."""
+    the garbage collector waits outside. With ``measure``, such as :class:`CudaStopwatch`, a sample
+    is one call that it times, and warming up is the caller's."""
     start = clock()
-    calls = {name: _calls_per_sample(turn, clock) for name, turn in turns.items()}
+    calls = {} if measure else {name: _calls_per_sample(t, clock) for name, t in turns.items()}
     samples: dict[str, list[float]] = {name: [] for name in turns}
     order = list(turns)
     enabled = gc.isenabled()
@@ -81,7 +83,9 @@ def interleave(
             if repeat >= min_repeats and clock() - start >= budget_s:
                 break
             for name in order:
-                samples[name].append(_sample(turns[name], calls[name], clock))
+                turn = turns[name]
+                seconds = measure(turn.call) if measure else _sample(turn, calls[name], clock)
+                samples[name].append(seconds)
             order.reverse()
     finally:
         if enabled:
@@ -110,14 +114,39 @@ def median_ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def calibration() -> Callable[[], object]:
-    """A square float32 product, far inside the caches: what the cores themselves can do."""
-    a, b, out = (torch.rand(CALIBRATION_SIZE, CALIBRATION_SIZE) for _ in range(3))
+class CudaStopwatch:
+    """Seconds of one call on the current stream, by events around it; L2 is overwritten before.
+
+    The host is ahead of the GPU by the time of that overwriting only, so a call whose launches take
+    the host longer than the GPU shows it, as it does in use.
+    """
+
+    def __init__(self) -> None:
+        l2 = torch.cuda.get_device_properties().L2_cache_size
+        self.flush = torch.empty(2 * l2, dtype=torch.int8, device="cuda")
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        start, end = self.events
+        torch.cuda.synchronize()
+        self.flush.zero_()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def calibration(
+    size: int = CALIBRATION_SIZE, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Callable[[], object]:
+    """A square product, by default far inside a CPU's caches: what the cores themselves can do."""
+    a, b, out = (torch.rand(size, size, device=device).to(dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=out)
 
 
-def calibration_gflops(seconds: list[float]) -> float:
-    return 2e-9 * CALIBRATION_SIZE**3 / statistics.median(seconds)
+def calibration_gflops(seconds: list[float], size: int = CALIBRATION_SIZE) -> float:
+    return 2e-9 * size**3 / statistics.median(seconds)
 
 
 def counts(threads: int, single: list[float], these: list[float]) -> bool:
@@ -150,6 +179,17 @@ def peak_memory(call: Callable[[], object], repeats: int = 3) -> int | None:
         call()
         growth.append(_status("VmHWM") - before)
     return max(0, int(statistics.median(growth)))
+
+
+def peak_cuda_memory(call: Callable[[], object]) -> int:
+    """Bytes of torch's allocator above what was allocated before, at the peak of one call. Memory
+    that a library takes past torch is not in it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _status(key: str) -> int:

@@ -216,15 +216,16 @@ def make_case(
     values: torch.dtype | None = None,
     with_states: bool | None = None,
     integers: bool = False,
+    device: str = "cpu",
 ) -> Case:
     """``module`` in ``dtype`` with the inputs of ``w``: the same for every provider, rounded to
     ``values`` (default ``dtype``), or with ``integers`` to those. By default a step
     is given states and a sequence starts from none."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     step = w.mode == "step"
 
     def draw(size: Sequence[int]) -> Tensor:
-        sample = torch.randn(size, generator=generator)
+        sample = torch.randn(size, generator=generator, device=device)
         return (sample.round() if integers else sample).to(values or dtype).to(dtype)
 
     size = (w.N,) if step else (w.N, w.T) if w.batch_first else (w.T, w.N)
@@ -244,7 +245,7 @@ def make_case(
             leaves[name] = draw((*rows, w.N, width)).requires_grad_()
         states = tuple(leaves[name] for name in widths)
 
-    module.to(dtype).train(w.mode == "train")
+    module.to(device, dtype).train(w.mode == "train")
     return Case(
         module,
         data if packed is None else PackedSequence(data, *packed[1:]),
@@ -262,22 +263,32 @@ def make_cases(
     options: dict[str, dict[str, Any]] | None = None,
     with_states: bool | None = None,
     integers: bool = False,
+    device: str = "cpu",
+    oracle: bool = True,
 ) -> dict[str, Case]:
     """One case for each provider and ``"oracle"``, torch.nn in float64, all with the same weights
     and inputs. ``options`` are further arguments of a provider's modules. ``integers`` makes
     every input one, and every row of every parameter zero but for one ±1."""
     torch.manual_seed(0)
-    weights = make_module(nn, w).state_dict()
+    with torch.device(device):
+        weights = make_module(nn, w).state_dict()
     if integers:
         weights = {name: largest_sign(value) for name, value in weights.items()}
     weights = {name: value.to(dtype) for name, value in weights.items()}
     cases = {}
-    for name, namespace in (providers | {"oracle": nn}).items():
-        module = make_module(namespace, w, **(options or {}).get(name, {}))
+    for name, namespace in (providers | ({"oracle": nn} if oracle else {})).items():
+        with torch.device(device):
+            module = make_module(namespace, w, **(options or {}).get(name, {}))
         module.load_state_dict(weights)
         own = torch.float64 if name == "oracle" else dtype
         cases[name] = make_case(
-            w, module, own, values=dtype, with_states=with_states, integers=integers
+            w,
+            module,
+            own,
+            values=dtype,
+            with_states=with_states,
+            integers=integers,
+            device=device,
         )
     return cases
 

@@ -162,6 +162,32 @@ def test_interleave_repeats_at_least_and_at_most():
     assert len(timing.interleave(turns, 1e9, max_repeats=7, clock=clock)["call"]) == 7
 
 
+def test_a_stopwatch_times_single_calls_in_turn():
+    clock, log = FakeClock(), []
+    turns = {"slow": Turn(clock.call(0.2, log)), "fast": Turn(clock.call(0.1, log))}
+
+    def measure(call):
+        start = clock()
+        call()
+        return 10 * (clock() - start)
+
+    samples = timing.interleave(turns, 0.0, min_repeats=3, clock=clock, measure=measure)
+    assert samples == {"slow": pytest.approx([2.0] * 3), "fast": pytest.approx([1.0] * 3)}
+    assert log == [0.2, 0.1, 0.1, 0.2, 0.2, 0.1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU to time")
+def test_cuda_stopwatch_and_peak_see_what_a_call_does():
+    stopwatch = timing.CudaStopwatch()
+    short, long = (
+        stopwatch(lambda cycles=cycles: torch.cuda._sleep(cycles)) for cycles in (10**7, 10**8)
+    )
+    assert 1e-3 < short < long
+    assert long == pytest.approx(10 * short, rel=0.3)
+    peak = timing.peak_cuda_memory(lambda: torch.ones(16 << 20, dtype=torch.uint8, device="cuda"))
+    assert peak == 16 << 20
+
+
 def test_short_calls_share_a_sample():
     clock, log = FakeClock(), []
     turns = {"call": Turn(clock.call(1e-5, log))}
@@ -259,10 +285,22 @@ def test_rows_are_in_the_file_before_it_is_closed(tmp_path):
         assert results.read(tmp_path / "rows.csv")[0] == [ROW]
 
 
+def test_a_writer_that_appends_goes_on_behind_whole_lines(tmp_path):
+    path = write(tmp_path / "rows.csv", ROW)
+    path.write_text(path.read_text() + "lstm-128-16-64,lstm,T1")
+    with results.Writer(path, ORIGIN, append=True) as writer:
+        writer.write(replace(ROW, threads=2))
+    assert results.read(path)[0] == [ROW, replace(ROW, threads=2)]
+    path.write_text("other,columns\n")
+    with pytest.raises(ValueError, match="other columns"):
+        results.Writer(path, ORIGIN, append=True)
+
+
 def test_newest_is_the_last_complete_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="make bench"):
         results.newest(tmp_path)
-    for name in ("2026-01-01", "2026-01-02", "2026-01-03-part", "2026-01-02-losses"):
+    names = ("2026-01-01", "2026-01-02", "2026-01-03-part", "2026-01-02-losses", "grid")
+    for name in names:
         write(tmp_path / "device" / f"{name}.csv", ROW)
     assert results.newest(tmp_path).name == "2026-01-02.csv"
     assert ORIGIN.slug == "some-processor-2-50ghz-2-cores"

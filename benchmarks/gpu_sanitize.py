@@ -1,0 +1,94 @@
+"""Every CUDA op, forward and backward, on small shapes: what compute-sanitizer watches.
+
+``make gpu-check PIECE=sanitize`` runs it once under each tool. Whether results are right is the
+tests' business; here they only have to be finite.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_rnn import autograd
+from fused_rnn.cells import CELLS, Cell
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FORMS = ("plain", "control", "rows", "reverse", "projection")
+# T, N, H: odd sizes, and more units than a block has threads.
+SHAPES = ((3, 5, 33), (2, 3, 300))
+WIDTH, PROJECTED = 7, 19
+
+
+def calls(device: str) -> Iterator[str]:
+    """Makes every call, and names it after it."""
+    for (name, cell), dtype, shape in product(CELLS.items(), DTYPES, SHAPES):
+        for form in FORMS:
+            if form != "projection" or name == "lstm":
+                layer(cell, dtype, shape, form, device)
+                yield f"{name}, {dtype}, {shape}, {form}"
+        step(cell, dtype, shape, device)
+        yield f"{name}, {dtype}, {shape}, step"
+
+
+def layer(
+    cell: Cell, dtype: torch.dtype, shape: tuple[int, int, int], form: str, device: str
+) -> None:
+    T, N, H = shape
+    P = PROJECTED if form == "projection" else 0
+    R, G = P or H, cell.gates * H
+    lead: tuple[int, ...] = (T, N)
+    options: dict[str, Any] = {"reverse": form == "reverse"}
+    if form == "control":  # clear, hold and cut in all combinations
+        options["control"] = (torch.arange(T * N) % 8).view(T, N).byte().to(device)
+    if form == "rows":
+        live = torch.arange(T).unsqueeze(1) < torch.arange(N) % (T + 1)
+        options["rows"] = (live.flatten().cumsum(0).view(T, N) - 1).where(live, -1).int().to(device)
+        lead = (int(live.sum()),)
+
+    def draw(*size: int) -> Tensor:
+        return (torch.randn(size) / 4).to(device, dtype).requires_grad_()
+
+    operands = [draw(*lead, WIDTH), draw(G, R), draw(G), draw(N, R)]
+    c0 = draw(N, H) if cell.states == 2 else None
+    more = {"w_ih": draw(G, WIDTH), "b_ih": draw(G), "w_hr": draw(P, H) if P else None}
+    finish(autograd.layer(cell, *operands, c0, **more, **options), [*operands, c0, *more.values()])
+
+
+def step(cell: Cell, dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> None:
+    _, N, H = shape
+    sizes = (cell.gates * H, cell.gates * H, H, H)[: 3 if cell.states == 1 else 4]
+    operands = [torch.randn(N, size).to(device, dtype).requires_grad_() for size in sizes]
+    c = operands[3] if cell.states == 2 else None
+    finish(autograd.step(cell, *operands[:3], c), operands)
+
+
+def finish(outputs: tuple[Tensor | None, ...], inputs: list[Tensor | None]) -> None:
+    """Runs the backward, and raises where a result is not finite."""
+    results = [x for x in outputs if x is not None and x.requires_grad]
+    torch.autograd.backward(results, [torch.ones_like(x) for x in results])
+    gradients = [x.grad for x in inputs if x is not None and x.grad is not None]
+    if not gradients:
+        raise SystemExit("gpu_sanitize: no input has a gradient")
+    for x in (*results, *gradients):
+        if not x.isfinite().all():
+            raise SystemExit("gpu_sanitize: a result is not finite")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args(argv).device
+    torch.manual_seed(0)
+    made = [*calls(device)]
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{len(made)} calls made, forward and backward, on {device}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,421 @@
+"""`make gpu-check` without a GPU: the orchestrator on pieces and tools that are not the real ones,
+and the programs that it compiles."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numerics
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import gpu_check
+import gpu_pieces
+import gpu_run
+import gpu_sanitize
+import results
+from gpu_run import Check, Finished, Outcome
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = {"device": "Some GPU", "capability": [9, 0], "torch": "2.11.0", "cuda": "13.0"}
+NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
+ARCHITECTURES = ("75", "80", "90", "100", "120") if numerics.FULL else ("90",)
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler, on PATH")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["sync_latency", "planted_errors"])
+def test_the_microbenchmarks_compile(name, arch, tmp_path):
+    source = ROOT / "benchmarks" / "micro" / f"{name}.cu"
+    code = ("-gencode", f"arch=compute_{arch},code=sm_{arch}")
+    command = [NVCC, "-std=c++17", "-I", ROOT / "csrc", *code, source, "-o", tmp_path / name]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "warning" not in result.stderr, result.stderr
+
+
+def check(folder, *, commit="0123456789ab", argv=(), device=GPU):
+    return Check(folder / "some-gpu", device, commit, gpu_check.parse([*argv]))
+
+
+def go(folder, pieces, *argv, limit=60.0):
+    arguments = ["--out", str(folder), *argv]
+    return gpu_check.main(arguments, pieces=pieces, device=GPU, limit=limit)
+
+
+def state(folder):
+    return json.loads((folder / "some-gpu" / "gpu-check.json").read_text())
+
+
+def script(path, text):
+    """An executable file: a tool that is not the real one."""
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(0o755)
+    return path
+
+
+def passing(check):
+    assert check.command(sys.executable, "-c", "print('heard')").output == "heard\n"
+    return Outcome("passed", "it ran")
+
+
+def failing(check):
+    return Outcome("failed", check.command(sys.executable, "-c", "raise SystemExit(7)").how)
+
+
+def test_all_pieces_run_in_order_and_one_failure_fails_all(tmp_path, capsys):
+    assert go(tmp_path, {"build": passing, "test": failing, "bench": passing}) == 1
+    found = state(tmp_path)
+    assert [*found] == ["build", "test", "bench"]
+    assert [found[name]["status"] for name in found] == ["passed", "failed", "passed"]
+    assert found["test"]["sentence"] == "exit status 7"
+    assert "2 of 3 pieces passed" in capsys.readouterr().out
+    summary = (tmp_path / "some-gpu" / "summary.md").read_text()
+    date = found["test"]["date"]
+    assert f"| test | failed | exit status 7 | {date} | {found['test']['commit']} |" in summary
+    assert "heard" in (tmp_path / "some-gpu" / "gpu-check.log").read_text()
+    assert go(tmp_path, {"build": passing, "bench": passing}) == 0
+
+
+def test_one_piece_by_name_leaves_the_others_as_they_were(tmp_path, capsys):
+    pieces = {"build": passing, "test": failing}
+    assert go(tmp_path, pieces) == 1
+    assert go(tmp_path, pieces, "--piece", "build") == 0
+    assert state(tmp_path)["test"]["status"] == "failed"
+    assert go(tmp_path, pieces, "--piece", "biuld") == 2
+    assert "no piece 'biuld': expected one of build, test" in capsys.readouterr().out
+
+
+@pytest.fixture
+def stubborn(tmp_path, monkeypatch):
+    """A program that will not be interrupted, and the file that its child goes on writing to."""
+    monkeypatch.setattr(gpu_run, "GRACE_S", 0.5)
+    beat = tmp_path / "beat"
+    child = f"import time\nwhile True: open({str(beat)!r}, 'a').write('x'); time.sleep(0.02)"
+    program = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}]); print('begun', flush=True);"
+        "time.sleep(600)"
+    )
+    return program, beat
+
+
+def stands_still(beat):
+    size = beat.stat().st_size
+    time.sleep(0.3)
+    return beat.stat().st_size == size > 0
+
+
+def test_the_time_limit_ends_a_piece_with_its_children_and_the_next_one_runs(tmp_path, stubborn):
+    program, beat = stubborn
+
+    def slow(check):
+        ended = check.command(sys.executable, "-c", program)
+        assert "begun" in ended.output
+        return Outcome("cut" if ended.status is None else "passed", ended.how)
+
+    start = time.monotonic()
+    assert go(tmp_path, {"test": slow, "bench": passing}, limit=2.0) == 1
+    assert time.monotonic() - start < 20
+    found = state(tmp_path)
+    assert found["test"]["status"] == "cut"
+    assert found["test"]["sentence"] == "cut by the time limit"
+    assert found["bench"]["status"] == "passed"
+    assert stands_still(beat)
+
+
+def test_an_interrupt_ends_what_runs_and_what_was_found_is_kept(tmp_path, stubborn):
+    program, beat = stubborn
+
+    def interrupted(check):
+        check.found["files"] = {"test_a.py": {"status": "passed"}}
+        check.save()
+        check.command(sys.executable, "-c", program)
+        raise AssertionError("the interrupt did not come")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path, {"test": interrupted})
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stands_still(beat)
+    assert state(tmp_path)["test"]["status"] == "cut"
+    assert state(tmp_path)["test"]["found"]["files"]["test_a.py"]["status"] == "passed"
+
+
+def test_a_piece_goes_on_with_what_it_found_unless_the_code_is_another(tmp_path):
+    def counting(check):
+        check.found["runs"] = check.found.get("runs", 0) + 1
+        return Outcome("passed", "counted")
+
+    for commit, runs in (("a", 1), ("a", 2), ("b", 1)):
+        now = check(tmp_path, commit=commit)
+        if (now.folder / "gpu-check.json").exists():
+            now.state = state(tmp_path)
+        assert now.run("test", counting)
+        assert state(tmp_path)["test"]["found"]["runs"] == runs
+
+
+def test_a_piece_that_raises_has_failed(tmp_path):
+    def raising(check):
+        raise OSError("no space left")
+
+    assert go(tmp_path, {"micro": raising, "bench": passing}) == 1
+    assert state(tmp_path)["micro"]["sentence"] == "OSError: no space left"
+    assert state(tmp_path)["bench"]["status"] == "passed"
+
+
+def test_a_command_that_is_not_there_ends_as_in_a_shell(tmp_path):
+    now = check(tmp_path)
+    now.deadline = time.monotonic() + 10
+    assert now.command("no-such-tool").status == 127
+
+
+def test_results_of_an_earlier_run_are_gone_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    go(tmp_path / "kept", {"build": passing})
+    go(tmp_path / "new", {"bench": passing})
+    assert [*state(tmp_path / "new")] == ["build", "bench"]
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    assert (
+        gpu_check.main(
+            [], pieces={"build": passing}, device={"device": None, "torch": "2.13.0+cpu"}
+        )
+        == 2
+    )
+    asked = gpu_check.ask_device()
+    assert asked["torch"] == torch.__version__
+    assert (asked["device"] is None) == (not torch.cuda.is_available())
+
+
+def test_the_make_target_passes_its_variables_on_and_needs_no_environment(monkeypatch):
+    for name in ("MAKEFLAGS", "MAKELEVEL", "CPU_BUILT", "PYTEST"):  # as under another make
+        monkeypatch.delenv(name, raising=False)
+    command = ["make", "-n", "gpu-check", "PIECE=test", "OUT=a b", "PYTHON=other"]
+    recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert recipe.startswith('other benchmarks/gpu_check.py --piece test --out "a b"')
+    assert ".venv" not in recipe
+
+
+class Answers(Check):
+    """Answers commands instead of running them: the first answer whose words are all in it."""
+
+    def __init__(self, folder, *answers):
+        super().__init__(folder, GPU, "0123456789ab", gpu_check.parse([]))
+        self.answers = answers
+        self.deadline = time.monotonic() + 1000
+        self.asked = []
+        folder.mkdir(exist_ok=True)
+
+    def command(self, *command, limit=None, env=None):
+        text = " ".join(map(str, command))
+        self.asked.append((text, env))
+        return next(Finished(*answer) for word, *answer in self.answers if word in text)
+
+
+AVAILABLE = ("-m fused_rnn", 0, "backend cpu    available\nbackend cuda   available\n")
+
+
+def test_build_says_whether_a_cpu_built_library_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
+    now = Answers(tmp_path, ("setup.py", 0, ""), AVAILABLE)
+    assert gpu_pieces.build(now).status == "passed"
+    assert now.found["cpu_built"].startswith("none was given")
+    library = tmp_path / "build" / "cuda" / "fused_rnn" / "libfused_rnn_cuda.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    for status, said, expected in (
+        (0, "loaded with torch 2", "passed"),
+        (1, "OSError: x", "failed"),
+    ):
+        loads = ("gpu_load.py", status, f"noise\n{said}\n")
+        now = Answers(tmp_path, ("setup.py", 0, ""), AVAILABLE, loads)
+        assert gpu_pieces.build(now).status == expected
+        assert now.found["cpu_built"] == f"libfused_rnn_cuda.so: {said}"
+        assert str(library) in now.asked[-1][0]
+
+
+@numerics.needs_native
+def test_a_library_from_elsewhere_takes_the_place_of_the_packages_own(tmp_path):
+    library = tmp_path / "libfused_rnn_cpu.so"
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_load.py", library, "--backend", "cpu"]
+    shutil.copy(ROOT / "fused_rnn" / library.name, library)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "its LSTM agrees with the reference" in result.stdout
+    library.write_text("no library")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"{library.name} does not load with torch" in result.stderr
+
+
+def test_build_fails_without_the_cuda_backend(tmp_path):
+    absent = (
+        "-m fused_rnn",
+        0,
+        "backend cuda   libfused_rnn_cuda.so is not in this installation\n",
+    )
+    found = gpu_pieces.build(Answers(tmp_path, ("setup.py", 0, ""), absent))
+    assert found.status == "failed"
+    assert gpu_pieces.build(Answers(tmp_path, ("setup.py", 1, ""))).status == "failed"
+
+
+def test_tests_run_by_file_cuda_first_and_what_passed_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_cuda.py").write_text("def test_a(): pass\n")
+    (folder / "test_broken.py").write_text("def test_a(): assert 0\ndef test_b(): pass\n")
+    (folder / "test_crash.py").write_text("import os\ndef test_a(): os._exit(11)\n")
+    skipping = "import pytest\ndef test_a(): pytest.skip('no moon')\n"
+    (folder / "test_skip.py").write_text(skipping)
+    now = check(tmp_path)
+    assert not now.run("test", gpu_pieces.test)
+    found = now.state["test"]["found"]["files"]
+    assert [*found] == ["test_cuda.py", "test_broken.py", "test_crash.py", "test_skip.py"]
+    assert [f["status"] for f in found.values()] == ["passed", "failed", "failed", "passed"]
+    counts = {"tests": 2, "failures": 1, "errors": 0, "skipped": 0}
+    assert found["test_broken.py"] == {"status": "failed", "how": "exit status 1", **counts}
+    assert "failed: test_broken.py, test_crash.py" in now.state["test"]["sentence"]
+
+    for name in ("broken", "crash"):
+        (folder / f"test_{name}.py").write_text("def test_a(): pass\n")
+    (folder / "test_cuda.py").write_text("raise SystemExit('it was run again')\n")
+    assert now.run("test", gpu_pieces.test)
+    assert now.state["test"]["sentence"] == "4 tests in 4 of 4 files, 1 skipped"
+
+
+def test_tests_that_are_cut_are_counted_and_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_pieces, "LEAST_S", 1.0)
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    slow = "import time\ndef test_a(): pass\ndef test_b(): time.sleep(600)\n"
+    (folder / "test_cuda.py").write_text(slow)
+    (folder / "test_other.py").write_text("def test_a(): pass\n")
+    now = check(tmp_path)
+    assert not now.run("test", gpu_pieces.test, limit=6.0)
+    found = now.state["test"]["found"]["files"]
+    assert found["test_cuda.py"]["status"] == "cut"
+    assert found["test_cuda.py"]["tests"] >= 1
+    assert now.state["test"]["status"] == "cut"
+    (folder / "test_cuda.py").write_text("def test_a(): pass\n")
+    assert now.run("test", gpu_pieces.test)
+    assert [*now.state["test"]["found"]["files"]] == ["test_cuda.py", "test_other.py"]
+
+
+FINDS = ("planted_errors", 9, "ERROR SUMMARY: 1 error\n")
+CLEAN = ("gpu_sanitize.py", 0, "168 calls made, forward\n========= ERROR SUMMARY: 0 errors\n")
+NVCC_RUNS = ("planted_errors.cu", 0, "")
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    monkeypatch.setattr(gpu_pieces, "find_tool", lambda name: f"/tools/{name}")
+    monkeypatch.delenv("NVCC", raising=False)
+
+
+def test_sanitize_passes_where_every_tool_finds_the_planted_error_and_no_other(tools, tmp_path):
+    now = Answers(tmp_path, NVCC_RUNS, FINDS, CLEAN)
+    assert gpu_pieces.sanitize(now).status == "passed"
+    assert [*now.found["tools"]] == ["memcheck", "racecheck", "synccheck"]
+    said = "168 calls made, forward; ERROR SUMMARY: 0 errors"
+    assert now.found["tools"]["racecheck"] == {"status": "passed", "said": said}
+    watched = [env for text, env in now.asked if "gpu_sanitize.py" in text]
+    assert watched == [{"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}] * 3
+    before = len(now.asked)
+    assert gpu_pieces.sanitize(now).status == "passed"
+    assert len(now.asked) == before + 1  # nvcc alone
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ((FINDS, ("gpu_sanitize.py", 9, "168 calls made\nERROR SUMMARY: 3 errors\n")), "3 errors"),
+        ((FINDS, ("gpu_sanitize.py", 1, "Traceback\n")), "exit status 1"),
+        ((FINDS, ("gpu_sanitize.py", 0, "ERROR SUMMARY: 0 errors\n")), "0 errors"),
+        ((("planted_errors", 0, ""), CLEAN), "did not find the planted error"),
+    ],
+)
+def test_sanitize_fails_on_errors_and_on_a_tool_that_sees_none(answers, said, tools, tmp_path):
+    now = Answers(tmp_path, NVCC_RUNS, *answers)
+    assert gpu_pieces.sanitize(now).status == "failed"
+    assert said in now.found["tools"]["memcheck"]["said"]
+
+
+def test_missing_tools_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pieces, "find_tool", lambda name: None)
+    monkeypatch.delenv("NVCC", raising=False)
+    now = Answers(tmp_path)
+    for piece, tool in ((gpu_pieces.sanitize, "compute-sanitizer"), (gpu_pieces.micro, "nvcc")):
+        found = piece(now)
+        assert found.status == "failed"
+        assert found.sentence.startswith(f"{tool} was not found")
+
+
+HEAD = "test,ctas,cluster,threads,payload_bytes,ns_per_step,cycles_per_step,note"
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, "passed"), (1, "failed")])
+def test_micro_keeps_rows_with_device_date_and_commit(status, expected, tmp_path, monkeypatch):
+    """A compiler that is none writes a program that prints rows."""
+    program = (
+        f"print({HEAD!r}); print('grid_sync,2,0,256,0,700.0,1200.0,'); raise SystemExit({status})"
+    )
+    text = f"import sys, pathlib\npath = pathlib.Path(sys.argv[-1])\npath.write_text({program!r})\n"
+    text = (
+        text.replace("write_text(", f"write_text('#!{sys.executable}\\n' + ")
+        + "path.chmod(0o755)\n"
+    )
+    monkeypatch.setenv("NVCC", str(script(tmp_path / "nvcc", text)))
+    monkeypatch.setattr(gpu_pieces, "BUILT", tmp_path / "built")
+    now = check(tmp_path)
+    assert now.run("micro", gpu_pieces.micro) == (expected == "passed")
+    with (now.folder / "sync-latency.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["test"], row["ns_per_step"]) == ("grid_sync", "700.0")
+    assert (row["device"], row["commit"], row["date"][:2]) == ("Some GPU", "0123456789ab", "20")
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(0, "passed"), (1, "failed"), (3, "failed"), (None, "cut")]
+)
+def test_bench_tells_how_many_points_are_measured(status, expected, tmp_path):
+    said = "7 of 3400 points measured, 7 of them now; 0 rows wrong or failed"
+    now = Answers(tmp_path / "some-gpu", ("gpu_grid.py", status, f"noise\n{said}\n"))
+    found = gpu_pieces.bench(now)
+    assert found.status == expected
+    assert said in found.sentence
+    assert f"--out {tmp_path} --seconds 450" in now.asked[0][0]
+
+
+def test_the_sanitized_calls_run_every_op_in_every_form(capsys):
+    assert gpu_sanitize.main(["--device", "cpu"]) == 0
+    cells, dtypes, shapes, forms = 4, 4, 2, 5  # four forms and a step; the LSTM has one more
+    count = dtypes * shapes * (cells * forms + 1)
+    assert capsys.readouterr().out.startswith(f"{count} calls made, forward and backward")
+
+
+def test_a_sanitized_call_whose_result_is_not_finite_fails():
+    x = torch.zeros(3, requires_grad=True)
+    gpu_sanitize.finish((x + 1,), [x])
+    with pytest.raises(SystemExit, match="not finite"):
+        gpu_sanitize.finish((x / 0,), [x])
