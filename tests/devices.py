@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fused_rnn import autograd
 from fused_rnn.backends import cuda
@@ -27,6 +28,8 @@ def meet(backend: str = "auto", device: str = "cpu", **_: Any) -> bool:
 
 def there(value: Any, device: str) -> Any:
     """``value`` with the tensors in its lists, tuples and dicts on the device, but meta's."""
+    if isinstance(value, PackedSequence):
+        return value.to(device)
     if isinstance(value, Tensor):
         return value if value.is_meta else value.to(device)
     if isinstance(value, dict):
