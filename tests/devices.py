@@ -26,6 +26,11 @@ def meet(backend: str = "auto", device: str = "cpu", **_: Any) -> bool:
     return device == (backend if backend in ("cpu", "cuda") else device)
 
 
+def device_of(case: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The device of a case of :func:`numerics.cases`, and the other axes."""
+    return case["device"], {name: value for name, value in case.items() if name != "device"}
+
+
 def there(value: Any, device: str) -> Any:
     """``value`` with the tensors in its lists, tuples and dicts on the device, but meta's."""
     if isinstance(value, PackedSequence):
