@@ -1,9 +1,9 @@
-"""What every test runs under: one seed, one thread, and the grids that ``--full`` completes."""
+"""What every test runs under: one seed, one thread, exact float32, and ``--full``'s grids."""
 
+import importlib.util
 import random
 from collections.abc import Iterator
 
-import hypothesis
 import numerics
 import pytest
 import torch
@@ -23,14 +23,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Before any test module is imported: their decorators ask for the grids.
     numerics.FULL = config.getoption("full")
-    hypothesis.settings.register_profile(
-        "fused_rnn",
-        max_examples=400 if numerics.FULL else 40,
-        deadline=None,
-        derandomize=True,
-        database=None,
-    )
-    hypothesis.settings.load_profile("fused_rnn")
+    # A machine with a GPU may have torch and pytest alone.
+    if importlib.util.find_spec("hypothesis") is not None:
+        import hypothesis
+
+        hypothesis.settings.register_profile(
+            "fused_rnn",
+            max_examples=400 if numerics.FULL else 40,
+            deadline=None,
+            derandomize=True,
+            database=None,
+        )
+        hypothesis.settings.load_profile("fused_rnn")
 
 
 @pytest.fixture(autouse=True)
@@ -43,9 +47,21 @@ def _seed_and_one_thread(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _exact_float32() -> Iterator[None]:
+    """cuDNN multiplies float32 in TF32 unless told otherwise; the tests' rule is for float32."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _unwritten_memory_is_nan(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests of the ops: torch fills what it allocates, so reading it before writing shows."""
+    """Tests of the ops: torch fills what it allocates, so reading it before writing shows.
+
+    On CUDA torch's own products would refuse, unless an environment variable gives cuBLAS another
+    workspace: a warning will do.
+    """
     is_op_test = request.node.get_closest_marker("op") is not None
-    torch.use_deterministic_algorithms(is_op_test)
+    torch.use_deterministic_algorithms(is_op_test, warn_only=torch.cuda.is_available())
     yield
     torch.use_deterministic_algorithms(False)

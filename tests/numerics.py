@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from devices import meet
 from torch import Tensor
 
 from fused_rnn import native
@@ -107,7 +108,9 @@ def grid(
 
     Args:
         where: takes the axes by keyword; combinations for which it is false are left out.
-        axes: names and values. A dict, such as a registry, stands for its keys.
+        axes: names and values. A dict, such as a registry, stands for its keys. Where one is
+            ``backend``, combinations with a ``device`` (without that axis: the CPU) that it cannot
+            be asked for are left out.
 
     Example::
 
@@ -137,11 +140,11 @@ def combinations(
     where: Callable[..., bool] | None = None, /, **axes: Iterable[Any]
 ) -> list[tuple[Any, ...]]:
     """The tuples of :func:`grid`."""
-    every = [
-        values
-        for values in itertools.product(*axes.values())
-        if where is None or where(**dict(zip(axes, values, strict=True)))
-    ]
+    every = []
+    for values in itertools.product(*axes.values()):
+        case = dict(zip(axes, values, strict=True))
+        if meet(**case) and (where is None or where(**case)):
+            every.append(values)
     return every if FULL or len(axes) < 3 else pairwise(every)
 
 

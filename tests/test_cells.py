@@ -6,11 +6,12 @@ import pickle
 
 import pytest
 import torch
+from devices import DEVICES, native
 from numerics import DTYPES, HALF, assert_as_good_as, grid
 from torch import nn
 from torch.nn.modules.rnn import RNNCellBase
 from torch.testing import assert_close
-from torch.testing._internal.common_modules import module_db
+from torchs_cases import module_info
 from twins import (
     BACKEND_NAMES,
     MODULE_KINDS,
@@ -28,14 +29,10 @@ from twins import (
 import fused_rnn
 from fused_rnn.cells import CELLS
 
-CASES = {
-    info.module_cls.__name__: info
-    for info in module_db
-    if info.module_cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-}
+NAMES = ("RNNCell", "LSTMCell", "GRUCell")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_arguments_stand_in_torchs_order(name):
     nonlinearity = ("relu",) if name == "RNNCell" else ()
     args = (4, 5, False, *nonlinearity, "cpu", torch.float64)
@@ -70,18 +67,19 @@ def test_same_seed_makes_the_same_cell(kind, bias, dtype):
     lambda kind, dtype, **_: not (kind == "rnn_relu" and dtype in HALF),
     kind=CELLS,
     backend=BACKEND_NAMES,
+    device=DEVICES,
     dtype=DTYPES,
     bias=(True, False),
     batch=((3,), (1,), ()),
     given=(True, False),
     grad=(True, False),
 )
-def test_results_and_gradients_are_torchs(kind, backend, dtype, bias, batch, given, grad):
-    theirs, ours = twins(kind, cell=True, bias=bias, dtype=dtype, backend=backend)
-    input = torch.randn(*batch, I, dtype=dtype)
+def test_results_and_gradients_are_torchs(kind, backend, device, dtype, bias, batch, given, grad):
+    theirs, ours = twins(kind, cell=True, bias=bias, dtype=dtype, backend=backend, device=device)
+    input = torch.randn(*batch, I, dtype=dtype, device=device)
     hx = states(kind, ours, *batch, dtype=dtype) if given else None
     if grad:
-        assert_twins(theirs, ours, input, hx, what=(kind, backend))
+        assert_twins(theirs, ours, input, hx, what=(kind, backend, device))
         return
     with torch.no_grad():
         expected, got = theirs(input, hx), ours(input, hx)
@@ -92,13 +90,15 @@ def test_results_and_gradients_are_torchs(kind, backend, dtype, bias, batch, giv
     assert type(got) is type(expected)
     for a, b, c in zip(tensors(got), tensors(expected), tensors(right), strict=True):
         assert a.dtype == b.dtype
-        assert_as_good_as(a, b, c, (kind, backend, "no_grad"), length=I + H)
+        assert_as_good_as(a, b, c, (kind, backend, device, "no_grad"), length=I + H)
 
 
-@grid(kind=CELLS, backend=BACKEND_NAMES, given=(True, False), grad=(True, False))
-def test_a_batch_of_zero_gives_empty_results(kind, backend, given, grad):
-    theirs, ours = twins(kind, cell=True, backend=backend)
-    input, hx = torch.randn(0, I), states(kind, ours, 0) if given else None
+@grid(
+    kind=CELLS, backend=BACKEND_NAMES, device=DEVICES, given=(True, False), grad=(True, False)
+)  # fmt: skip
+def test_a_batch_of_zero_gives_empty_results(kind, backend, device, given, grad):
+    theirs, ours = twins(kind, cell=True, backend=backend, device=device)
+    input, hx = torch.randn(0, I, device=device), states(kind, ours, 0) if given else None
     if grad:
         expected, got = step(theirs, input, hx), step(ours, input, hx)
         assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in expected.items()}
@@ -108,30 +108,31 @@ def test_a_batch_of_zero_gives_empty_results(kind, backend, given, grad):
         assert_close(ours(input, hx), theirs(input, hx), rtol=0, atol=0)
 
 
-@grid(kind=CELLS, backend=BACKEND_NAMES, grad=(True, False))
-def test_strides_do_not_matter(kind, backend, grad):
-    theirs, ours = twins(kind, cell=True, backend=backend, dtype=torch.float64)
-    input = torch.randn(I, 4, dtype=torch.float64).T
+@grid(kind=CELLS, backend=BACKEND_NAMES, device=DEVICES, grad=(True, False))
+def test_strides_do_not_matter(kind, backend, device, grad):
+    theirs, ours = twins(kind, cell=True, backend=backend, device=device, dtype=torch.float64)
+    input = torch.randn(I, 4, dtype=torch.float64, device=device).T
     hx = mapped(states(kind, ours, 1, dtype=torch.float64), lambda h: h.expand(4, -1))
     apart = mapped(
         states(kind, ours, 4, dtype=torch.float64), lambda h: h.repeat(1, 2).view(4, H, 2)[..., 0]
     )
     for state in (hx, apart):
         if grad:
-            assert_twins(theirs, ours, input, state, what=(kind, backend))
+            assert_twins(theirs, ours, input, state, what=(kind, backend, device))
         else:
             with torch.no_grad():
                 assert_close(ours(input, state), theirs(input, state))
 
 
-@grid(kind=CELLS, backend=BACKEND_NAMES, dtype=(torch.float32, torch.float64))
-def test_a_loop_of_cells_is_the_sequence_module(kind, backend, dtype):
+@grid(kind=CELLS, backend=BACKEND_NAMES, device=DEVICES, dtype=(torch.float32, torch.float64))
+def test_a_loop_of_cells_is_the_sequence_module(kind, backend, device, dtype):
     """Twenty steps, backward through all of them, against the time loop over the same weights."""
-    _, ours = twins(kind, cell=True, backend=backend, dtype=dtype)
-    theirs, sequence = twins(kind, backend=backend, dtype=dtype)
+    options = {"backend": backend, "device": device, "dtype": dtype}
+    _, ours = twins(kind, cell=True, **options)
+    theirs, sequence = twins(kind, **options)
     for module in (theirs, sequence):
         module.load_state_dict({f"{name}_l0": value for name, value in ours.state_dict().items()})
-    input = torch.randn(20, 3, I, dtype=dtype)
+    input = torch.randn(20, 3, I, dtype=dtype, device=device)
 
     def loop(input, hx):
         outputs, state = [], hx
@@ -147,20 +148,23 @@ def test_a_loop_of_cells_is_the_sequence_module(kind, backend, dtype):
     exact = step(copy.deepcopy(theirs).double(), input.double())
     assert got.keys() == expected.keys()
     for name, value in got.items():
-        assert_as_good_as(value, expected[name], exact[name], (kind, backend, name), length=300)
+        what = (kind, backend, device, name)
+        assert_as_good_as(value, expected[name], exact[name], what, length=300)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torchs_own_cases(name, dtype):
-    info = CASES[name]
+@pytest.mark.parametrize("device", DEVICES)
+def test_torchs_own_cases(name, dtype, device):
+    info = module_info(name)
     cases = info.module_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=True, training=True
+        info, device=device, dtype=dtype, requires_grad=True, training=True
     )
+    options = {"dtype": dtype, "device": device, "backend": native(device)}
     assert cases
     for case in cases:
         constructor = case.constructor_input
-        ours = getattr(fused_rnn, name)(*constructor.args, **constructor.kwargs, dtype=dtype)
+        ours = getattr(fused_rnn, name)(*constructor.args, **constructor.kwargs, **options)
         args = case.forward_input.args
         assert_close(ours(*args), case.reference_fn(ours, *args))
 
@@ -186,10 +190,10 @@ def test_copies_keep_weights_and_backend(kind):
     assert ours.weight_hh.dtype == torch.float32
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_weights_are_read_at_each_call(kind, backend):
-    theirs, ours = twins(kind, cell=True, backend=backend, dtype=torch.float64)
-    x = torch.randn(3, I, dtype=torch.float64)
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_weights_are_read_at_each_call(kind, backend, device):
+    theirs, ours = twins(kind, cell=True, backend=backend, device=device, dtype=torch.float64)
+    x = torch.randn(3, I, dtype=torch.float64, device=device)
     with torch.no_grad():
         for module in (theirs, ours):
             module(x)
@@ -200,22 +204,24 @@ def test_weights_are_read_at_each_call(kind, backend):
     scaled = {name: p * 0.5 for name, p in theirs.named_parameters()}
     got = torch.func.functional_call(ours, scaled, (x,))
     assert_close(got, torch.func.functional_call(theirs, scaled, (x,)))
-    assert_twins(theirs, ours, x, what=(kind, backend))
+    assert_twins(theirs, ours, x, what=(kind, backend, device))
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, frozen=("weight_hh", "weight_ih", "bias_hh"))
-def test_frozen_weights_get_no_gradient_and_change_no_other(kind, backend, frozen):
-    theirs, ours = twins(kind, cell=True, backend=backend, dtype=torch.float64)
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES,
+      frozen=("weight_hh", "weight_ih", "bias_hh"))  # fmt: skip
+def test_frozen_weights_get_no_gradient_and_change_no_other(kind, backend, device, frozen):
+    theirs, ours = twins(kind, cell=True, backend=backend, device=device, dtype=torch.float64)
     for module in (theirs, ours):
         getattr(module, frozen).requires_grad_(False)
-    x, hx = torch.randn(3, I, dtype=torch.float64), states(kind, ours, 3, dtype=torch.float64)
-    assert_twins(theirs, ours, x, hx, what=(kind, backend, frozen))
+    x = torch.randn(3, I, dtype=torch.float64, device=device)
+    hx = states(kind, ours, 3, dtype=torch.float64)
+    assert_twins(theirs, ours, x, hx, what=(kind, backend, device, frozen))
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_states_passed_in_are_not_written_to(kind, backend):
-    _, ours = twins(kind, cell=True, backend=backend)
-    x, hx = torch.randn(3, I), states(kind, ours, 3)
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_states_passed_in_are_not_written_to(kind, backend, device):
+    _, ours = twins(kind, cell=True, backend=backend, device=device)
+    x, hx = torch.randn(3, I, device=device), states(kind, ours, 3)
     before = [h.clone() for h in tensors(hx)]
     with torch.no_grad():
         first = ours(x, hx)

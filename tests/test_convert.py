@@ -5,13 +5,15 @@ import warnings
 
 import pytest
 import torch
+from devices import DEVICES, native, without_cudnn
 from numerics import grid
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
-from twins import BACKEND_NAMES, H, I, tensors
+from twins import H, I, tensors
 
 import fused_rnn
+from fused_rnn.backends import BACKENDS
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 ROUND_TRIPS = {"convert": fused_rnn.convert, "revert": fused_rnn.revert}
@@ -50,17 +52,24 @@ class Tagger(nn.Module):
         return self.projected(x + self.cells["rnn"](h))[0]
 
 
+def ours_on(device):
+    """Context in which converted modules run on our kernels for the device."""
+    return fused_rnn.use_backend(native(device))
+
+
 def of_package(model, package):
     types = tuple(getattr(package, name) for name in NAMES)
     return [name for name, m in model.named_modules() if isinstance(m, types)]
 
 
-@pytest.mark.parametrize("way", ROUND_TRIPS)
-def test_a_nested_model_computes_the_same_on_the_same_parameters(way):
+@grid(way=ROUND_TRIPS, device=DEVICES)
+def test_a_nested_model_computes_the_same_on_the_same_parameters(way, device):
     source, target = PACKAGES[way]
-    model = Tagger(source).eval()
-    tokens = torch.randint(9, (4, 3))
-    expected, parameters = model(tokens), dict(model.named_parameters())
+    model = Tagger(source).eval().to(device)
+    tokens = torch.randint(9, (4, 3), device=device)
+    with ours_on(device):
+        expected = model(tokens)
+    parameters = dict(model.named_parameters())
     places, printed = of_package(model, source), repr(model)
     keys = list(model.state_dict())
     assert len(places) == 7
@@ -73,10 +82,11 @@ def test_a_nested_model_computes_the_same_on_the_same_parameters(way):
     now = dict(model.named_parameters())
     assert now.keys() == parameters.keys()
     assert all(now[name] is parameters[name] for name in now)
-    assert_close(model(tokens), expected)
+    with ours_on(device):
+        assert_close(model(tokens), expected)
 
 
-@grid(backend=BACKEND_NAMES)
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 def test_the_new_modules_have_the_backend_asked_for(backend):
     model = fused_rnn.convert(nn.ModuleList([nn.GRU(I, H), nn.LSTMCell(I, H)]), backend=backend)
     assert [module.backend for module in model] == [backend, backend]
@@ -84,10 +94,10 @@ def test_the_new_modules_have_the_backend_asked_for(backend):
         fused_rnn.convert(nn.GRU(I, H), backend="fortran")
 
 
-@grid(name=NAMES, training=(True, False), way=ROUND_TRIPS)
-def test_a_module_by_itself_comes_back_as_a_new_one(name, training, way):
+@grid(name=NAMES, training=(True, False), way=ROUND_TRIPS, device=DEVICES)
+def test_a_module_by_itself_comes_back_as_a_new_one(name, training, way, device):
     source, target = PACKAGES[way]
-    module = getattr(source, name)(I, H, bias=False).train(training).double()
+    module = getattr(source, name)(I, H, bias=False, device=device).train(training).double()
     module.weight_hh_frozen = 1  # an attribute that somebody added
     new = ROUND_TRIPS[way](module)
     assert type(new) is getattr(target, name)
@@ -97,8 +107,10 @@ def test_a_module_by_itself_comes_back_as_a_new_one(name, training, way):
     for (a, p), (b, q) in zip(new.named_parameters(), module.named_parameters(), strict=True):
         assert a == b
         assert p is q
-    input = torch.randn(*((3,) if "Cell" in name else (5, 3)), I, dtype=torch.float64)
-    assert_close(list(tensors(new(input))), list(tensors(module(input))))
+    shape = ((3,) if "Cell" in name else (5, 3)) + (I,)
+    input = torch.randn(shape, dtype=torch.float64, device=device)
+    with ours_on(device):
+        assert_close(list(tensors(new(input))), list(tensors(module(input))))
 
 
 def test_converting_twice_changes_nothing_more():
@@ -126,19 +138,21 @@ def test_shared_parameters_stay_shared(way):
     assert not model[0](torch.randn(3, 2, I))[0].any()
 
 
-@pytest.mark.parametrize("way", ROUND_TRIPS)
-def test_an_optimizer_made_before_goes_on_after(way):
+@grid(way=ROUND_TRIPS, device=DEVICES)
+@without_cudnn()
+def test_an_optimizer_made_before_goes_on_after(way, device):
     source, _ = PACKAGES[way]
     torch.manual_seed(0)
-    model = Tagger(source)
+    model = Tagger(source).to(device)
     untouched = copy.deepcopy(model)
-    tokens = torch.randint(9, (4, 3))
+    tokens = torch.randint(9, (4, 3), device=device)
 
     def train(model, optimizer, steps):
         for at in range(steps):
             torch.manual_seed(at)
             optimizer.zero_grad()
-            model(tokens).square().sum().backward()
+            with ours_on(device):
+                model(tokens).square().sum().backward()
             optimizer.step()
 
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, untouched)]
@@ -219,16 +233,22 @@ PARAMETRIZED = {
 }
 
 
-@grid(way=ROUND_TRIPS, name=("LSTM", "GRU", "RNNCell"), norm=PARAMETRIZED)
+@grid(way=ROUND_TRIPS, name=("LSTM", "GRU", "RNNCell"), norm=PARAMETRIZED, device=DEVICES)
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-def test_parametrized_modules_are_swapped(way, name, norm):
+def test_parametrized_modules_are_swapped(way, name, norm, device):
     """weight_norm makes the type a ParametrizedLSTM: still torch's LSTM, nobody's own class."""
     source, target = PACKAGES[way]
     apply, old = PARAMETRIZED[norm]
     weight = "weight_hh" if "Cell" in name else "weight_hh_l0"
-    model = nn.Sequential(apply(getattr(source, name)(I, H, dtype=torch.float64), weight)).eval()
-    input = torch.randn(*((3,) if "Cell" in name else (5, 3)), I, dtype=torch.float64)
-    expected = list(tensors(model(input)))
+    options = {"dtype": torch.float64, "device": device}
+    model = nn.Sequential(apply(getattr(source, name)(I, H, **options), weight)).eval()
+    input = torch.randn(*((3,) if "Cell" in name else (5, 3)), I, **options)
+
+    def results(model):
+        with ours_on(device):
+            return list(tensors(model(input)))
+
+    expected = results(model)
     keys = list(model.state_dict())
     parameters = dict(model.named_parameters())
     with warnings.catch_warnings():
@@ -238,14 +258,14 @@ def test_parametrized_modules_are_swapped(way, name, norm):
     assert list(model.state_dict()) == keys
     assert all(p is parameters[n] for n, p in model.named_parameters())
     assert parametrize.is_parametrized(model[0], weight) != old
-    assert_close(list(tensors(model(input))), expected)
+    assert_close(results(model), expected)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.5)
-    assert not torch.equal(next(tensors(model(input))), expected[0]), "a stale weight is in use"
+    assert not torch.equal(results(model)[0], expected[0]), "a stale weight is in use"
     if not old and way == "convert":  # torch's own keep a stale list of weights that cannot be
         copied = copy.deepcopy(model)
-        assert_close(list(tensors(copied(input))), list(tensors(model(input))))
+        assert_close(results(copied), results(model))
     if not old:
         parametrize.remove_parametrizations(model[0], weight)
         assert type(model[0]) is getattr(target, name)

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+from devices import DEVICES, without_cudnn
 from numerics import grid
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
@@ -209,12 +210,14 @@ def test_vmap_is_right_or_refused(kind, cell, backend, grad):
     assert_close(got, torch.stack([first(x) for x in batch]))
 
 
-@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES)
-def test_second_derivatives_are_torchs(kind, cell, backend):
+@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, device=DEVICES)
+@without_cudnn()
+def test_second_derivatives_are_torchs(kind, cell, backend, device):
     """Nothing differs: the line is here so that nobody has to ask."""
-    theirs, ours = twins(kind, cell=cell, backend=backend, dtype=torch.float64)
+    options = {"dtype": torch.float64, "device": device}
+    theirs, ours = twins(kind, cell=cell, backend=backend, **options)
     results = []
-    x = torch.randn(*((3,) if cell else (4, 3)), I, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(*((3,) if cell else (4, 3)), I, **options, requires_grad=True)
     for module in (theirs, ours):
         result = module(x)
         first = result if isinstance(result, torch.Tensor) else result[0]
@@ -225,12 +228,12 @@ def test_second_derivatives_are_torchs(kind, cell, backend):
     assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_packed_input_of_the_wrong_size_is_refused_by_the_lstm_too(backend):
+@grid(backend=BACKEND_NAMES, device=DEVICES)
+def test_packed_input_of_the_wrong_size_is_refused_by_the_lstm_too(backend, device):
     """torch.nn.LSTM reads past the end of each row there and returns numbers."""
-    ours = fused_rnn.LSTM(I, H, backend=backend)
+    ours = fused_rnn.LSTM(I, H, backend=backend, device=device)
     with pytest.raises(RuntimeError, match="must be equal to input_size"):
-        ours(pack_sequence([torch.randn(3, I + 1)]))
+        ours(pack_sequence([torch.randn(3, I + 1, device=device)]))
 
 
 def test_flatten_parameters_does_nothing():

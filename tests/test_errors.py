@@ -2,20 +2,17 @@
 
 import pytest
 import torch
+from devices import DEVICES, native, there
 from numerics import grid
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+from torchs_cases import module_cases, module_info
 from twins import BACKEND_NAMES, MODULE_KINDS, H, I, name_of, states, twins
 
 import fused_rnn
 from fused_rnn.backends import BACKENDS
 
-CASES = {
-    info.module_cls.__name__: info
-    for info in module_db
-    if info.module_cls in (nn.RNN, nn.LSTM, nn.GRU, nn.RNNCell, nn.LSTMCell, nn.GRUCell)
-}
+NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 
 
 def assert_same_refusal(theirs, ours):
@@ -27,23 +24,25 @@ def assert_same_refusal(theirs, ours):
     assert str(got.value) == str(expected.value)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_torchs_own_error_cases(name, dtype):
-    info = CASES[name]
+@pytest.mark.parametrize("device", DEVICES)
+def test_torchs_own_error_cases(name, dtype, device):
+    info = module_info(name)
     cases = info.module_error_inputs_func(
-        info, device="cpu", dtype=dtype, requires_grad=False, training=True
+        info, device=device, dtype=dtype, requires_grad=False, training=True
     )
     assert cases
     for case in cases:
         constructor = case.module_error_input.constructor_input
         forward = case.module_error_input.forward_input
         make = getattr(fused_rnn, name)
-        if case.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
+        if case.error_on == module_cases().ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(case.error_type, match=case.error_regex):
                 make(*constructor.args, **constructor.kwargs)
         else:
-            options = {"dtype": dtype} | constructor.kwargs
+            options = {"dtype": dtype, "device": device, "backend": native(device)}
+            options |= constructor.kwargs
             # torch's cell cases pass "relu" where bias stands: a true value, as torch takes it.
             ours = make(*constructor.args, **options)
             with pytest.raises(case.error_type, match=case.error_regex):
@@ -149,11 +148,11 @@ WRONG_CALLS = {
 
 @grid(
     lambda kind, wrong, **_: kind == "lstm" or wrong != "cell size",
-    kind=MODULE_KINDS, wrong=WRONG_CALLS, backend=BACKEND_NAMES,
+    kind=MODULE_KINDS, wrong=WRONG_CALLS, backend=BACKEND_NAMES, device=DEVICES,
 )  # fmt: skip
-def test_wrong_calls(kind, wrong, backend):
-    theirs, ours = twins(kind, I, H, 2, backend=backend)
-    args = WRONG_CALLS[wrong](kind)
+def test_wrong_calls(kind, wrong, backend, device):
+    theirs, ours = twins(kind, I, H, 2, backend=backend, device=device)
+    args = there(WRONG_CALLS[wrong](kind), device)
     assert_same_refusal(lambda: theirs(*args), lambda: ours(*args))
 
 
@@ -181,20 +180,21 @@ WRONG_PACKED_CALLS = {
 }
 
 
-@grid(kind=MODULE_KINDS, wrong=WRONG_PACKED_CALLS, backend=BACKEND_NAMES)
-def test_wrong_packed_calls(kind, wrong, backend):
-    theirs, ours = twins(kind, I, H, 2, backend=backend)
+@grid(kind=MODULE_KINDS, wrong=WRONG_PACKED_CALLS, backend=BACKEND_NAMES, device=DEVICES)
+def test_wrong_packed_calls(kind, wrong, backend, device):
+    theirs, ours = twins(kind, I, H, 2, backend=backend, device=device)
     make, (error, sentence) = WRONG_PACKED_CALLS[wrong]
+    args = there(make(kind), device)
     with pytest.raises(error, match=sentence):
-        ours(*make(kind))
+        ours(*args)
     if kind != "lstm":
-        assert_same_refusal(lambda: theirs(*make(kind)), lambda: ours(*make(kind)))
+        assert_same_refusal(lambda: theirs(*args), lambda: ours(*args))
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_states_of_another_dtype_or_device_are_refused(kind, backend):
-    _, ours = twins(kind, I, H, backend=backend)
-    input = torch.zeros(4, 3, I)
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_states_of_another_dtype_or_device_are_refused(kind, backend, device):
+    _, ours = twins(kind, I, H, backend=backend, device=device)
+    input = torch.zeros(4, 3, I, device=device)
     for wrong in ({"dtype": torch.float64}, {"device": "meta"}):
         with pytest.raises(RuntimeError):
             ours(input, states(kind, ours, 3, **wrong))
@@ -229,12 +229,12 @@ WRONG_STEPS = {
 TYPE_ONLY = {"input dtype", "hidden dtype", "cell size", "hx of the other kind"}
 
 
-@grid(kind=MODULE_KINDS, wrong=WRONG_STEPS, backend=BACKEND_NAMES)
-def test_wrong_cell_calls(kind, wrong, backend):
+@grid(kind=MODULE_KINDS, wrong=WRONG_STEPS, backend=BACKEND_NAMES, device=DEVICES)
+def test_wrong_cell_calls(kind, wrong, backend, device):
     if wrong == "cell size" and kind != "lstm":
         wrong = "hidden size"
-    theirs, ours = twins(kind, cell=True, backend=backend)
-    args = WRONG_STEPS[wrong](kind)
+    theirs, ours = twins(kind, cell=True, backend=backend, device=device)
+    args = there(WRONG_STEPS[wrong](kind), device)
     if wrong in TYPE_ONLY:
         with pytest.raises(Exception) as expected:  # noqa: PT011
             theirs(*args)
@@ -259,10 +259,10 @@ def test_an_unknown_backend_is_refused_with_the_known_names(kind, cell, made):
         assert repr(known) in str(refusal.value)
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_a_refused_call_leaves_the_module_usable(kind, backend):
-    theirs, ours = twins(kind, I, H, backend=backend)
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_a_refused_call_leaves_the_module_usable(kind, backend, device):
+    theirs, ours = twins(kind, I, H, backend=backend, device=device)
     with pytest.raises(RuntimeError, match="input_size"):
-        ours(torch.zeros(4, 3, I + 1))
-    input = torch.randn(4, 3, I)
+        ours(torch.zeros(4, 3, I + 1, device=device))
+    input = torch.randn(4, 3, I, device=device)
     torch.testing.assert_close(ours(input), theirs(input))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from devices import DEVICES, device_of, layer_on
 from layers import KEYWORDS, OPERANDS, Problem, make_problem, oracle_layer
 from numerics import cases, grid, needs_native
 from torch.autograd import grad, gradcheck, gradgradcheck
@@ -48,6 +49,7 @@ def as_function(problem: Problem, run=layer):
 @cases(
     projects,
     cell=CELLS,
+    device=DEVICES,
     P=(0, 3),
     reverse=(False, True),
     control=(False, True),
@@ -58,8 +60,10 @@ def as_function(problem: Problem, run=layer):
 )
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
 def test_derivatives_are_finite_differences(case, check):
-    case = case | {"shape": SHAPE, "dtype": torch.float64}
-    function, tensors, _ = as_function(away_from_the_kink(without_cuts(make_problem(**case))))
+    device, case = device_of(case)
+    problem = make_problem(shape=SHAPE, dtype=torch.float64, **case)
+    problem = away_from_the_kink(without_cuts(problem))
+    function, tensors, _ = as_function(problem, layer_on(device))
     assert check(function, tensors)
 
 
@@ -70,24 +74,26 @@ def without_cuts(problem: Problem) -> Problem:
     return problem
 
 
-@grid(cell=[name for name in CELLS if name != "rnn_relu"], states=(False, True))
+@grid(
+    cell=[name for name in CELLS if name != "rnn_relu"], states=(False, True), device=DEVICES
+)  # fmt: skip
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
-def test_derivatives_with_the_product_inside_are_finite_differences(cell, states, check):
+def test_derivatives_with_the_product_inside_are_finite_differences(cell, states, device, check):
     problem = make_problem(cell, torch.float64, SHAPE, states=states, product=True)
-    function, tensors, _ = as_function(problem)
+    function, tensors, _ = as_function(problem, layer_on(device))
     assert check(function, tensors)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@grid(cell=CELLS, device=DEVICES)
 @pytest.mark.parametrize("check", [gradcheck, gradgradcheck])
-def test_derivatives_of_a_step_are_finite_differences(cell, check):
+def test_derivatives_of_a_step_are_finite_differences(cell, device, check):
     spec = CELLS[cell]
     gx, gh = (torch.randn(2, spec.gates * 4, dtype=torch.float64) for _ in range(2))
     if cell == "rnn_relu":
         gx = gx.sign() * (3 + gx.abs())
         gh = gh.clamp(-1, 1)
     states = torch.randn(spec.states, 2, 4, dtype=torch.float64).unbind()
-    tensors = [x.clone().requires_grad_() for x in (gx, gh, *states)]
+    tensors = [x.clone().to(device).requires_grad_() for x in (gx, gh, *states)]
 
     def function(gx, gh, h, c=None):
         return tuple(x for x in step(spec, gx, gh, h, c) if x is not None)
@@ -98,13 +104,16 @@ def test_derivatives_of_a_step_are_finite_differences(cell, check):
 @cases(
     projects,
     cell=CELLS,
+    device=DEVICES,
     P=(0, 3),
     control=(False, True),
     rows=("", "packed"),
     product=(False, True),
 )
 def test_a_second_backward_gives_the_same(case):
-    function, tensors, _ = as_function(make_problem(shape=(5, 3, 33), dtype=torch.float32, **case))
+    device, case = device_of(case)
+    problem = make_problem(shape=(5, 3, 33), dtype=torch.float32, **case)
+    function, tensors, _ = as_function(problem, layer_on(device))
     loss = sum(y.sin().sum() for y in function(*tensors))
     first = grad(loss, tensors, retain_graph=True)
     second = grad(loss, tensors)
@@ -115,6 +124,7 @@ def test_a_second_backward_gives_the_same(case):
 @cases(
     projects,
     cell=CELLS,
+    device=DEVICES,
     P=(0, 3),
     control=(False, True),
     rows=("", "packed"),
@@ -122,8 +132,9 @@ def test_a_second_backward_gives_the_same(case):
 )
 def test_each_output_alone_and_each_input_alone(case):
     """Gradients that are not there are zeros, those that nobody needs are left out."""
+    device, case = device_of(case)
     problem = make_problem(shape=(4, 3, 9), dtype=torch.float64, **case)
-    function, tensors, names = as_function(problem)
+    function, tensors, names = as_function(problem, layer_on(device))
     expected_function, *_ = as_function(problem, oracle_layer)
     for place, (y, expected) in enumerate(
         zip(function(*tensors), expected_function(*tensors), strict=True)
@@ -157,6 +168,7 @@ def assert_near(ours, expected, what):
 @cases(
     projects,
     cell=CELLS,
+    device=DEVICES,
     P=(0, 3),
     reverse=(False, True),
     control=(False, True),
@@ -164,9 +176,10 @@ def assert_near(ours, expected, what):
     product=(False, True),
 )
 def test_double_backward_is_the_references(case):
+    device, case = device_of(case)
     problem = make_problem(shape=(4, 3, 5), dtype=torch.float64, **case)
     found = []
-    for run in (layer, oracle_layer):
+    for run in (layer_on(device), oracle_layer):
         function, tensors, names = as_function(problem, run)
         loss = sum(y.sin().sum() for y in function(*tensors))
         first = grad(loss, tensors, create_graph=True)

@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from devices import DEVICES, layer_on, there
 from layers import CLEAR, HOLD, check, make_problem, oracle_layer, projects, run, torch_layer
 from numerics import DTYPES, HALF, assert_as_good_as, cases, grid, needs_native
 
@@ -21,6 +20,11 @@ ops = torch.ops.fused_rnn
 SHAPES = ((1, 1, 1), (1, 3, 25), (7, 1, 31), (5, 4, 33), (3, 2, 60), (4, 9, 130), (33, 26, 8))
 SHAPES += ((520, 1, 17), (3, 300, 5))
 ROWS = ("", "packed", "scattered")
+
+
+def op_on(device, arguments):
+    """Results of the op on the device, on the CPU."""
+    return there(tuple(ops.layer(*there(arguments, device))), "cpu")
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -77,11 +81,12 @@ def test_the_oracle_does_what_torchs_cells_do(case):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@grid(projects, cell=CELLS, shape=((9, 3, 33), (4, 2, 130)), P=(0, 19), control=(False, True))
-def test_half_types_are_rounded_once(cell, dtype, shape, P, control):
+@grid(projects, cell=CELLS, device=DEVICES, shape=((9, 3, 33), (4, 2, 130)), P=(0, 19),
+      control=(False, True))  # fmt: skip
+def test_half_types_are_rounded_once(cell, dtype, device, shape, P, control):
     """Products, gates and carried states are float32: only what is stored is rounded."""
     problem = make_problem(cell, dtype, shape, P=P, control=control)
-    ours = run(layer, problem)
+    ours = run(layer_on(device), problem)
     oracle = run(oracle_layer, problem.to(torch.float64))
     half_ulp = torch.finfo(dtype).eps / 2
     for name in problem.grads:
@@ -142,13 +147,13 @@ def test_a_run_cut_into_chunks_equals_the_whole_bit_for_bit(
     assert torch.equal(dx, expected["dx"]), f"dx of {whole}: {dtype}"
 
 
-@grid(cell=CELLS, dtype=DTYPES, save=(False, True))
-def test_holding_carries_the_state_and_shows_zeros(cell, dtype, save):
+@grid(cell=CELLS, dtype=DTYPES, device=DEVICES, save=(False, True))
+def test_holding_carries_the_state_and_shows_zeros(cell, dtype, device, save):
     problem = make_problem(cell, dtype, (5, 4, 25))
     control = torch.zeros(5, 4, dtype=torch.uint8)
     control[:, 1] = HOLD | CLEAR
     problem.options["control"] = control
-    h, c, h_n, c_n, _ = ops.layer(*problem.op_arguments(save=save))
+    h, c, h_n, c_n, _ = op_on(device, problem.op_arguments(save=save))
     assert not h[:, 1].any()
     assert torch.equal(h_n[1], problem.operands["h0"][1].to(h_n.dtype))
     assert h[:, 0].all() or cell == "rnn_relu"
@@ -178,37 +183,37 @@ def test_rows_are_control_in_another_order(cell, dtype, P):
         assert torch.equal(ours[name], other[name]), f"{name} of {compact}"
 
 
-@grid(cell=CELLS, dtype=DTYPES, reverse=(False, True))
-def test_all_steps_may_hold(cell, dtype, reverse):
+@grid(cell=CELLS, dtype=DTYPES, device=DEVICES, reverse=(False, True))
+def test_all_steps_may_hold(cell, dtype, device, reverse):
     problem = make_problem(cell, dtype, (3, 2, 25), reverse=reverse)
     problem.operands["x"] = problem.operands["x"][0, :0]
     problem.options["rows"] = torch.full((3, 2), -1, dtype=torch.int32)
     for name in ("h", "c"):
         if name in problem.grads:
             problem.grads[name] = problem.grads[name][0, :0]
-    ours = run(layer, problem)
+    ours = run(layer_on(device), problem)
     assert ours["h"].shape == (0, 25)
     assert torch.equal(ours["h_n"], problem.operands["h0"].to(ours["h_n"].dtype))
     assert torch.equal(ours["dh0"], problem.grads["h_n"])
     assert not ours["dw_hh"].any()
 
 
-@grid(cell=CELLS, dtype=DTYPES)
-def test_no_steps_leave_the_state_as_it_was(cell, dtype):
+@grid(cell=CELLS, dtype=DTYPES, device=DEVICES)
+def test_no_steps_leave_the_state_as_it_was(cell, dtype, device):
     problem = make_problem(cell, dtype, (1, 3, 25))
     problem.operands["x"] = problem.operands["x"][:0]
-    h, _, h_n, c_n, _ = ops.layer(*problem.op_arguments())
+    h, _, h_n, c_n, _ = op_on(device, problem.op_arguments())
     assert h.shape == (0, 3, 25)
     assert torch.equal(h_n, problem.operands["h0"].to(h_n.dtype))
     if c_n.numel():
         assert torch.equal(c_n, problem.operands["c0"].to(c_n.dtype))
 
 
-@grid(cell=CELLS, dtype=DTYPES, control=(False, True))
-def test_without_save_nothing_is_saved_and_results_are_the_same(cell, dtype, control):
+@grid(cell=CELLS, dtype=DTYPES, device=DEVICES, control=(False, True))
+def test_without_save_nothing_is_saved_and_results_are_the_same(cell, dtype, device, control):
     problem = make_problem(cell, dtype, (5, 3, 33), control=control)
-    h, c, h_n, c_n, saved = ops.layer(*problem.op_arguments(save=True))
-    results = ops.layer(*problem.op_arguments(save=False))
+    h, c, h_n, c_n, saved = op_on(device, problem.op_arguments(save=True))
+    results = op_on(device, problem.op_arguments(save=False))
     for ours, expected in zip(results[::2][:2] + results[3:4], (h, h_n, c_n), strict=True):
         assert torch.equal(ours, expected)
     assert results[1].shape == results[4].shape == (0,)
@@ -218,8 +223,8 @@ def test_without_save_nothing_is_saved_and_results_are_the_same(cell, dtype, con
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-@grid(cell=CELLS, dtype=DTYPES)
-def test_gates_saturate_without_overflow(cell, dtype, sign):
+@grid(cell=CELLS, dtype=DTYPES, device=DEVICES)
+def test_gates_saturate_without_overflow(cell, dtype, device, sign):
     problem = make_problem(cell, dtype, (4, 3, 33))
     largest = torch.finfo(dtype).max / (1 if dtype in HALF else 1e6)
     for name in ("x", "w_hh"):
@@ -228,7 +233,7 @@ def test_gates_saturate_without_overflow(cell, dtype, sign):
     if cell == "rnn_relu":
         problem.operands["x"].clamp_(max=16.0)
         problem.operands["w_hh"] /= 33
-    ours = run(layer, problem)
+    ours = run(layer_on(device), problem)
     oracle = run(oracle_layer, problem.to(torch.float64))
     for name, value in ours.items():
         assert value.isfinite().all(), f"{name} of {problem}: {dtype}"
@@ -238,16 +243,16 @@ def test_gates_saturate_without_overflow(cell, dtype, sign):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@grid(projects, cell=CELLS, dtype=DTYPES, P=(0, 19))
-def test_nan_and_infinity_pass_as_in_torch(cell, dtype, P, bad):
+@grid(projects, cell=CELLS, dtype=DTYPES, device=DEVICES, P=(0, 19))
+def test_nan_and_infinity_pass_as_in_torch(cell, dtype, device, P, bad):
     """The reference computes with torch's own functions, whatever the dtype."""
     problem = make_problem(cell, dtype, (4, 3, 33), P=P)
     for gate in range(problem.cell.gates):
         # One gate a sequence; other sequences stay clean.
         problem.operands["x"][1, gate % 2, gate * 33 + 7] = bad
-    ours, torchs = run(layer, problem), run(oracle_layer, problem)
+    ours, torchs = run(layer_on(device), problem), run(oracle_layer, problem)
     for name, expected in torchs.items():
-        what = f"{name} of {problem} with {bad} in x: {dtype}"
+        what = f"{name} of {problem} with {bad} in x: {dtype} on {device}"
         value = ours[name]
         assert torch.equal(value.isnan(), expected.isnan()), what
         assert torch.equal(value.isposinf(), expected.isposinf()), what
@@ -255,72 +260,13 @@ def test_nan_and_infinity_pass_as_in_torch(cell, dtype, P, bad):
     assert ours["h"][:, 2].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_relu_passes_nan_value_and_gradient(dtype):
+@grid(dtype=DTYPES, device=DEVICES)
+def test_relu_passes_nan_value_and_gradient(dtype, device):
     x = torch.tensor([torch.nan, -1.0, 0.0, 2.0], dtype=dtype).view(1, 1, 4).requires_grad_()
-    h, *_ = layer(CELLS["rnn_relu"], x, torch.zeros(4, 4, dtype=dtype), None, None, None)
+    w_hh = torch.zeros(4, 4, dtype=dtype)
+    h, *_ = layer_on(device)(CELLS["rnn_relu"], x, w_hh, None, None, None)
     h.backward(torch.full_like(h, 3.0))
     (expected,) = torch.autograd.grad(torch.relu(x), x, torch.full_like(h, 3.0))
     torch.testing.assert_close(h.detach(), torch.relu(x).detach(), equal_nan=True)
     torch.testing.assert_close(x.grad, expected)
     assert x.grad.flatten().tolist() == [3.0, 0.0, 0.0, 3.0]
-
-
-def strided(x: torch.Tensor, how: str) -> torch.Tensor:
-    """The same values in memory of another layout."""
-    if how == "transposed":
-        return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if how == "every other":
-        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
-    if how == "offset":
-        return torch.cat([torch.full_like(x[:1], torch.nan), x])[1:]
-    if how == "expanded":
-        return x[:1].expand_as(x)
-    return x
-
-
-LAYOUTS = ("plain", "transposed", "every other", "offset", "expanded")
-
-
-@given(
-    cell=st.sampled_from(sorted(CELLS)),
-    dtype=st.sampled_from(DTYPES),
-    T=st.integers(1, 5),
-    N=st.integers(0, 6),
-    H=st.integers(1, 70),
-    P=st.integers(0, 40),
-    options=st.fixed_dictionaries(
-        {name: st.booleans() for name in ("states", "bias", "reverse", "control", "product")}
-    ),
-    layouts=st.lists(st.sampled_from(LAYOUTS), min_size=6, max_size=6),
-)
-def test_any_shape_and_layout(cell, dtype, T, N, H, P, options, layouts):
-    P = P if cell == "lstm" and P < H else 0
-    problem = make_problem(cell, dtype, (T, N, H), P=P, **options)
-    layout = dict(zip(("x", "w_hh", "b_hh", "h0", "c0", "grads"), layouts, strict=True))
-    for name, how in layout.items():
-        x = problem.operands.get(name)
-        if x is not None and how == "expanded" and x.numel():
-            problem.operands[name] = strided(x, how).clone()
-    other = replace(
-        problem,
-        operands=problem.operands
-        | {
-            name: strided(x, layout[name]) if x.numel() else x
-            for name, x in problem.operands.items()
-            if name in layout and x is not None
-        },
-        grads={
-            name: strided(x, layout["grads"]) if layout["grads"] != "expanded" else x
-            for name, x in problem.grads.items()
-        },
-    )
-    ours, same = run(layer, problem), run(layer, other)
-    for name, value in ours.items():
-        assert torch.equal(value, same[name]), f"{name} of {problem} in layout {layout}"
-    if N:
-        check(layer, problem)
-    else:
-        reference = run(oracle_layer, problem)
-        assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in reference.items()}
-        assert not any(v.any() for k, v in ours.items() if k.startswith("dw"))

@@ -1,7 +1,7 @@
 """A PackedSequence goes in and comes out as with torch.nn."""
 
-import pytest
 import torch
+from devices import DEVICES, without_cudnn
 from numerics import DTYPES, HALF, grid
 from torch.nn.utils.rnn import (
     PackedSequence,
@@ -38,8 +38,8 @@ LENGTHS = {
 SORTED = {name for name, lengths in LENGTHS.items() if lengths == tuple(sorted(lengths)[::-1])}
 
 
-def packed_input(lengths, *, enforce_sorted=False, dtype=torch.float64):
-    rows = [torch.randn(length, I, dtype=dtype) for length in lengths]
+def packed_input(lengths, *, enforce_sorted=False, dtype=torch.float64, device="cpu"):
+    rows = [torch.randn(length, I, dtype=dtype, device=device) for length in lengths]
     return pack_sequence(rows, enforce_sorted=enforce_sorted)
 
 
@@ -56,6 +56,7 @@ def one_of(hx, sequence):
     ),
     kind=CELLS,
     backend=BACKEND_NAMES,
+    device=DEVICES,
     dtype=DTYPES,
     lengths=LENGTHS,
     enforce_sorted=(True, False),
@@ -66,16 +67,19 @@ def one_of(hx, sequence):
     given=(True, False),
 )
 def test_results_and_gradients_are_torchs(
-    kind, backend, dtype, lengths, enforce_sorted, bidirectional, num_layers, proj_size, bias, given
-):
+    kind, backend, device, dtype, lengths, enforce_sorted, bidirectional, num_layers, proj_size,
+    bias, given,
+):  # fmt: skip
     options = {"proj_size": proj_size} if proj_size else {}
     theirs, ours = twins(
         kind, I, H, num_layers, bidirectional=bidirectional, bias=bias, dtype=dtype,
-        backend=backend, **options,
+        backend=backend, device=device, **options,
     )  # fmt: skip
-    input = packed_input(LENGTHS[lengths], enforce_sorted=enforce_sorted, dtype=dtype)
+    input = packed_input(
+        LENGTHS[lengths], enforce_sorted=enforce_sorted, dtype=dtype, device=device
+    )
     hx = states(kind, ours, len(LENGTHS[lengths]), dtype=dtype) if given else None
-    assert_twins(theirs, ours, input, hx, what=(kind, backend, lengths))
+    assert_twins(theirs, ours, input, hx, what=(kind, backend, device, lengths))
     output, _ = ours(input, hx)
     assert isinstance(output, PackedSequence)
     assert torch.equal(output.batch_sizes, input.batch_sizes)
@@ -84,14 +88,15 @@ def test_results_and_gradients_are_torchs(
         assert (got is None) if expected is None else torch.equal(got, expected), name
 
 
-@grid(kind=CELLS, backend=BACKEND_NAMES, bidirectional=(False, True), lengths=LENGTHS)
-def test_each_sequence_is_run_as_if_alone(kind, backend, bidirectional, lengths):
+@grid(
+    kind=CELLS, backend=BACKEND_NAMES, device=DEVICES, bidirectional=(False, True), lengths=LENGTHS
+)  # fmt: skip
+def test_each_sequence_is_run_as_if_alone(kind, backend, device, bidirectional, lengths):
     """Outputs and final states, those in the caller's order, against one call a sequence."""
     lengths = LENGTHS[lengths]
-    _, ours = twins(
-        kind, I, H, 2, bidirectional=bidirectional, backend=backend, dtype=torch.float64
-    )
-    rows = [torch.randn(length, I, dtype=torch.float64) for length in lengths]
+    options = {"dtype": torch.float64, "device": device}
+    _, ours = twins(kind, I, H, 2, bidirectional=bidirectional, backend=backend, **options)
+    rows = [torch.randn(length, I, **options) for length in lengths]
     hx = states(kind, ours, len(lengths), dtype=torch.float64)
     output, final = ours(pack_sequence(rows, enforce_sorted=False), hx)
     padded, got_lengths = pad_packed_sequence(output)
@@ -104,15 +109,17 @@ def test_each_sequence_is_run_as_if_alone(kind, backend, bidirectional, lengths)
             assert_close(got, expected)
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, batch_first=(False, True), sort=(False, True))
-def test_padded_in_padded_out(kind, backend, batch_first, sort):
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES, batch_first=(False, True),
+      sort=(False, True))  # fmt: skip
+def test_padded_in_padded_out(kind, backend, device, batch_first, sort):
     """The usual way round: gradients reach the padded input and are zero on its padding."""
+    options = {"dtype": torch.float64, "device": device}
     theirs, ours = twins(
-        kind, batch_first=batch_first, bidirectional=True, backend=backend, dtype=torch.float64
+        kind, batch_first=batch_first, bidirectional=True, backend=backend, **options
     )
     lengths = torch.tensor([5, 4, 2] if sort else [2, 5, 4])
     shape = (3, 5, I) if batch_first else (5, 3, I)
-    input = torch.randn(shape, dtype=torch.float64)
+    input = torch.randn(shape, **options)
 
     def through(module):
         def call(input, hx):
@@ -136,20 +143,23 @@ def test_padded_in_padded_out(kind, backend, batch_first, sort):
         assert not gradient[n, length:].any()
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, bidirectional=(False, True))
-def test_dropout_draws_torchs_random_numbers(kind, backend, bidirectional):
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES, bidirectional=(False, True))
+@without_cudnn()
+def test_dropout_draws_torchs_random_numbers(kind, backend, device, bidirectional):
     theirs, ours = twins(
-        kind, I, H, 3, dropout=0.5, bidirectional=bidirectional, backend=backend,
+        kind, I, H, 3, dropout=0.5, bidirectional=bidirectional, backend=backend, device=device,
         dtype=torch.float64,
     )  # fmt: skip
-    assert_twins(theirs, ours, packed_input((2, 5, 3)), what=(kind, backend), seed=4)
+    input = packed_input((2, 5, 3), device=device)
+    assert_twins(theirs, ours, input, what=(kind, backend, device), seed=4)
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_packed_and_padded_calls_share_the_module(kind, backend):
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_packed_and_padded_calls_share_the_module(kind, backend, device):
     """Alternating, and without a gradient: nothing is remembered from the other call."""
-    theirs, ours = twins(kind, I, H, backend=backend, dtype=torch.float64)
-    packed, plain = packed_input((3, 1)), torch.randn(4, 2, I, dtype=torch.float64)
+    theirs, ours = twins(kind, I, H, backend=backend, device=device, dtype=torch.float64)
+    packed = packed_input((3, 1), device=device)
+    plain = torch.randn(4, 2, I, dtype=torch.float64, device=device)
     with torch.no_grad():
         for input in (packed, plain, packed):
             expected, got = theirs(input), ours(input)
@@ -158,23 +168,21 @@ def test_packed_and_padded_calls_share_the_module(kind, backend):
             assert not any(t.requires_grad for t in tensors(got))
 
 
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
-def test_long_ragged_batches(backend):
+@grid(backend=BACKEND_NAMES, device=DEVICES)
+def test_long_ragged_batches(backend, device):
     """Lengths spread over 1 to 40, more sequences than any tile: the general case at size."""
-    theirs, ours = twins("lstm", bidirectional=True, backend=backend)
+    theirs, ours = twins("lstm", bidirectional=True, backend=backend, device=device)
     lengths = torch.randint(1, 41, (37,)).tolist()
-    assert_twins(
-        theirs, ours, packed_input(lengths, dtype=torch.float32), what=("lengths", lengths)
-    )
+    input = packed_input(lengths, dtype=torch.float32, device=device)
+    assert_twins(theirs, ours, input, what=("lengths", lengths))
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_indices_in_any_order_that_unsorts(kind, backend):
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_indices_in_any_order_that_unsorts(kind, backend, device):
     """Permutations that another package made, not pack_sequence, with equal lengths swapped."""
-    theirs, ours = twins(kind, backend=backend, dtype=torch.float64)
-    plain = packed_input((3, 3, 2), enforce_sorted=True)
-    swapped = PackedSequence(
-        plain.data, plain.batch_sizes, torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1])
-    )
+    theirs, ours = twins(kind, backend=backend, device=device, dtype=torch.float64)
+    plain = packed_input((3, 3, 2), enforce_sorted=True, device=device)
+    orders = torch.tensor([[1, 2, 0], [2, 0, 1]], device=device)
+    swapped = PackedSequence(plain.data, plain.batch_sizes, *orders)
     hx = states(kind, ours, 3, dtype=torch.float64)
-    assert_twins(theirs, ours, swapped, hx, what=(kind, backend))
+    assert_twins(theirs, ours, swapped, hx, what=(kind, backend, device))

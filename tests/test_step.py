@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from devices import DEVICES, device_of, there
 from layers import torch_cell
 from numerics import (
     DTYPES,
@@ -77,17 +76,18 @@ def to_double(operands):
     return {name: x if x is None else x.double() for name, x in operands.items()}
 
 
-@cases(cell=CELLS, dtype=DTYPES, shape=SHAPES, bias=(False, True))
+@cases(cell=CELLS, device=DEVICES, dtype=DTYPES, shape=SHAPES, bias=(False, True))
 def test_a_step_is_as_good_as_torchs(case):
+    device, case = device_of(case)
     cell, (N, I, H) = case["cell"], case["shape"]  # noqa: E741
-    operands = make_operands(**case)
-    grads = [integers(N, H, limit=1), integers(N, H, limit=1)]
+    operands = there(make_operands(**case), device)
+    grads = there([integers(N, H, limit=1), integers(N, H, limit=1)], device)
     ours, torchs = (run(step, cell, operands, grads) for step in (cpu.cell_step, torch_cell))
     oracle = run(oracle_step, cell, to_double(operands), grads)
     assert ours.keys() == oracle.keys()
     length = max(N, I, CELLS[cell].gates * H)
     for name, expected in oracle.items():
-        what = f"{name} of a step {case}"
+        what = f"{name} of a step {case} on {device}"
         assert_as_good_as(ours[name], torchs[name], expected, what, length=length, scale=1.0)
 
 
@@ -207,29 +207,11 @@ def test_a_small_step_without_its_states_is_left_to_others(cell):
     assert h1.isfinite().all()
 
 
-@given(
-    cell=st.sampled_from(sorted(CELLS)),
-    dtype=st.sampled_from(DTYPES),
-    N=st.integers(1, 9),
-    I=st.integers(1, 70),
-    H=st.integers(1, 70),
-    bias=st.booleans(),
-)
-def test_both_steps_agree_at_any_size(cell, dtype, N, I, H, bias):  # noqa: E741
-    operands = make_operands(cell, dtype, (N, I, H), bias=bias)
-    small = cpu.small_step(CELLS[cell], *operands.values())
-    step = cpu.cell_step(CELLS[cell], *operands.values())
-    oracle = oracle_step(CELLS[cell], *to_double(operands).values())
-    for place in range(CELLS[cell].states):
-        values = (small[place], step[place], oracle[place])
-        assert_as_good_as(*values, f"state {place}, small step {cell} N{N} I{I} H{H}", scale=1.0)
-
-
-def pointwise(cell: str, dtype: torch.dtype, shape: tuple[int, int]):
+def pointwise(cell: str, dtype: torch.dtype, shape: tuple[int, int], device: str = "cpu"):
     """Arguments of the ops step and step_backward."""
     (N, H), spec = shape, CELLS[cell]
-    gx, gh = torch.randn(2, N, spec.gates * H).to(dtype)
-    h, c, dh1, dc1 = torch.randn(4, N, H).to(dtype)
+    gx, gh = torch.randn(2, N, spec.gates * H).to(device, dtype)
+    h, c, dh1, dc1 = torch.randn(4, N, H).to(device, dtype)
     if spec.states == 1:
         c = dc1 = None
     forward = (spec.id, gx, gh, h, c, True)
@@ -237,7 +219,7 @@ def pointwise(cell: str, dtype: torch.dtype, shape: tuple[int, int]):
     return forward, (spec.id, dh1, dc1, h1, c1, saved, h, c)
 
 
-@cases(cell=CELLS, dtype=DTYPES, shape=((1, 1), (3, 25), (2, 64), (0, 8)))
+@cases(cell=CELLS, device=DEVICES, dtype=DTYPES, shape=((1, 1), (3, 25), (2, 64), (0, 8)))
 def test_fakes_agree_with_the_ops(case):
     forward, backward = pointwise(**case)
     for op, inputs in ((ops.step, forward), (ops.step_backward, backward)):
@@ -251,17 +233,17 @@ def test_fakes_agree_with_the_ops(case):
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), what
 
 
-@grid(cell=CELLS, dtype=(torch.float32, torch.bfloat16))
-def test_opcheck(cell, dtype):
-    forward, backward = pointwise(cell, dtype, (3, 8))
+@grid(cell=CELLS, device=DEVICES, dtype=(torch.float32, torch.bfloat16))
+def test_opcheck(cell, device, dtype):
+    forward, backward = pointwise(cell, dtype, (3, 8), device)
     for op, inputs in ((ops.step, forward), (ops.step_backward, backward)):
         checked = torch.library.opcheck(op.default, inputs)
         assert set(checked.values()) == {"SUCCESS"}, op
 
 
-@grid(cell=CELLS, dtype=DTYPES)
-def test_without_save_nothing_is_saved_and_results_are_the_same(cell, dtype):
-    forward, _ = pointwise(cell, dtype, (3, 25))
+@grid(cell=CELLS, device=DEVICES, dtype=DTYPES)
+def test_without_save_nothing_is_saved_and_results_are_the_same(cell, device, dtype):
+    forward, _ = pointwise(cell, dtype, (3, 25), device)
     h1, c1, _ = ops.step(*forward)
     other_h1, other_c1, saved = ops.step(*forward[:-1], False)
     assert torch.equal(h1, other_h1)
@@ -269,8 +251,8 @@ def test_without_save_nothing_is_saved_and_results_are_the_same(cell, dtype):
     assert saved.shape == (0,)
 
 
-@grid(cell=CELLS, dtype=DTYPES, bad=(torch.nan, torch.inf, -torch.inf))
-def test_nan_and_infinity_pass_as_in_torch(cell, dtype, bad):
+@grid(cell=CELLS, device=DEVICES, dtype=DTYPES, bad=(torch.nan, torch.inf, -torch.inf))
+def test_nan_and_infinity_pass_as_in_torch(cell, device, dtype, bad):
     spec, (N, H) = CELLS[cell], (2, 25)
     gx = torch.randn(N, spec.gates, H).to(dtype)
     for gate in range(spec.gates):
@@ -279,7 +261,8 @@ def test_nan_and_infinity_pass_as_in_torch(cell, dtype, bad):
     states = torch.randn(2, N, H).to(dtype).unbind()
     found = []
     for step in (autograd.step, lambda cell, *a: cell.step(*a[:2], a[2:][: cell.states])):
-        leaves = [x.clone().requires_grad_() for x in (gx, gh, *states[: spec.states])]
+        given = (gx, gh, *states[: spec.states])
+        leaves = [x.clone().to(device).requires_grad_() for x in given]
         arguments = leaves if spec.states == 2 else [*leaves, None]
         results = step(spec, *arguments)[: spec.states]
         grads = torch.autograd.grad(
@@ -297,8 +280,9 @@ def test_nan_and_infinity_pass_as_in_torch(cell, dtype, bad):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("place", [1, 2, 3, 4])
-def test_a_step_refuses_wrong_sizes_in_a_sentence(cell, place):
-    forward, _ = pointwise(cell, torch.float32, (3, 8))
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_refuses_wrong_sizes_in_a_sentence(cell, place, device):
+    forward, _ = pointwise(cell, torch.float32, (3, 8), device)
     if forward[place] is None:
         pytest.skip("this cell has no such operand")
     for wrong in (forward[place][:, 1:], forward[place][1:], forward[place].unsqueeze(0)):
@@ -308,9 +292,10 @@ def test_a_step_refuses_wrong_sizes_in_a_sentence(cell, place):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("place", range(1, 8))
-def test_a_step_backward_refuses_wrong_sizes_in_a_sentence(cell, place):
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_backward_refuses_wrong_sizes_in_a_sentence(cell, place, device):
     """What is kept too: its kernel reads as much as h1 says there is."""
-    _, backward = pointwise(cell, torch.float32, (3, 8))
+    _, backward = pointwise(cell, torch.float32, (3, 8), device)
     if backward[place] is None or not backward[place].numel():
         pytest.skip("this cell has no such operand")
     wrong = backward[place][:, 1:].contiguous()

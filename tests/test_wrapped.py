@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from devices import DEVICES, without_cudnn
 from numerics import grid
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -42,25 +43,29 @@ def gradients(module, plain, weights, input, hx):
     """Of the parameters of ``module``, with ``plain`` doing the computation on ``weights``."""
     result = torch.func.functional_call(plain, weights, (input, hx))
     outputs = list(tensors(result))
-    loss = sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs)
+    loss = sum(
+        (out * torch.linspace(-1, 1, out.numel()).to(out).view_as(out)).sum() for out in outputs
+    )
     # torch's old weight_norm keeps the weight, and so its graph, until the next call.
     return outputs, torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
 
 
+@grid(backend=BACKEND_NAMES, device=DEVICES)
 @pytest.mark.parametrize("kind", MODULE_KINDS)
-@pytest.mark.parametrize("backend", BACKEND_NAMES)
 @pytest.mark.parametrize("cell", [False, True])
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=list(WRAPPERS))
-def test_made_weights_are_used_and_differentiated(kind, backend, cell, wrap):
+@without_cudnn()
+def test_made_weights_are_used_and_differentiated(kind, backend, device, cell, wrap):
     """Against torch's module on the weights as they come out of the parametrization."""
     torch.set_default_dtype(torch.float64)
     try:
-        theirs, ours = twins(kind, cell=cell, backend=backend)
+        theirs, ours = twins(kind, cell=cell, backend=backend, device=device)
         suffix = "" if cell else "_l0"
         for name in (f"weight_hh{suffix}", f"weight_ih{suffix}"):
             wrap(ours, name)
         ours.eval()  # spectral_norm moves on at each access while training
-        input, hx = torch.randn(*((3,) if cell else (5, 3)), I), states(kind, ours, 3)
+        input = torch.randn(*((3,) if cell else (5, 3)), I, device=device)
+        hx = states(kind, ours, 3)
         got = gradients(ours, ours, {}, input, hx)
         made = {name: getattr(ours, name) for name, _ in theirs.named_parameters()}
         expected = gradients(ours, theirs, made, input, hx)
@@ -69,24 +74,24 @@ def test_made_weights_are_used_and_differentiated(kind, backend, cell, wrap):
     assert_close(got, expected)
 
 
-@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES)
-def test_a_parametrized_weight_is_computed_once_a_call(kind, cell, backend):
+@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, device=DEVICES)
+def test_a_parametrized_weight_is_computed_once_a_call(kind, cell, backend, device):
     """It may be dear, and spectral_norm takes a step of its power iteration each time."""
-    _, ours = twins(kind, cell=cell, backend=backend)
+    _, ours = twins(kind, cell=cell, backend=backend, device=device)
     name = "weight_hh" if cell else "weight_hh_l0"
     doubled = Doubled()
     parametrize.register_parametrization(ours, name, doubled)
-    input = torch.randn(3, I) if cell else torch.randn(5, 3, I)
+    input = torch.randn(*((3,) if cell else (5, 3)), I, device=device)
     doubled.calls = 0
     for _ in range(2):
         ours(input)
     assert doubled.calls == 2
 
 
-@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES)
-def test_functional_call(kind, cell, backend):
-    theirs, ours = twins(kind, cell=cell, backend=backend, dtype=torch.float64)
-    input = torch.randn(*((3,) if cell else (5, 3)), I, dtype=torch.float64)
+@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, device=DEVICES)
+def test_functional_call(kind, cell, backend, device):
+    theirs, ours = twins(kind, cell=cell, backend=backend, device=device, dtype=torch.float64)
+    input = torch.randn(*((3,) if cell else (5, 3)), I, dtype=torch.float64, device=device)
     ours(input)  # on its own weights first: nothing of them may stay behind
     weights = {
         name: torch.randn_like(p).mul_(0.3).requires_grad_() for name, p in ours.named_parameters()
@@ -100,11 +105,11 @@ def test_functional_call(kind, cell, backend):
     assert all(p.grad is None for p in ours.parameters())
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_replicas_compute_with_their_own_weights(kind, backend):
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_replicas_compute_with_their_own_weights(kind, backend, device):
     """As torch.nn.parallel.replicate makes them: plain tensors in place of the parameters."""
-    _, ours = twins(kind, I, H, 2, backend=backend)
-    input = torch.randn(4, 3, I)
+    _, ours = twins(kind, I, H, 2, backend=backend, device=device)
+    input = torch.randn(4, 3, I, device=device)
     ours(input)
     replica = ours._replicate_for_data_parallel()
     for name, parameter in ours.named_parameters():
@@ -120,10 +125,10 @@ def test_replicas_compute_with_their_own_weights(kind, backend):
     assert_close(ours(input), expected, rtol=0, atol=0)
 
 
-@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES)
-def test_hooks_are_called_as_torchs(kind, cell, backend):
-    theirs, ours = twins(kind, cell=cell, backend=backend, dtype=torch.float64)
-    input = torch.randn(*((3,) if cell else (5, 3)), I, dtype=torch.float64)
+@grid(kind=MODULE_KINDS, cell=(False, True), backend=BACKEND_NAMES, device=DEVICES)
+def test_hooks_are_called_as_torchs(kind, cell, backend, device):
+    theirs, ours = twins(kind, cell=cell, backend=backend, device=device, dtype=torch.float64)
+    input = torch.randn(*((3,) if cell else (5, 3)), I, dtype=torch.float64, device=device)
 
     def calls(module):
         seen = []
@@ -149,25 +154,27 @@ FROZEN = [
 ]
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, frozen=FROZEN)
-def test_frozen_weights_get_no_gradient_and_change_no_other(kind, backend, frozen):
-    theirs, ours = twins(kind, backend=backend, dtype=torch.float64)
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES, frozen=FROZEN)
+def test_frozen_weights_get_no_gradient_and_change_no_other(kind, backend, device, frozen):
+    theirs, ours = twins(kind, backend=backend, device=device, dtype=torch.float64)
     for module in (theirs, ours):
         for name in frozen:
             getattr(module, name).requires_grad_(False)
-    input = torch.randn(4, 3, I, dtype=torch.float64)
+    input = torch.randn(4, 3, I, dtype=torch.float64, device=device)
     hx = states(kind, ours, 3, dtype=torch.float64)
-    assert_twins(theirs, ours, input, hx, what=(kind, backend, frozen))
+    assert_twins(theirs, ours, input, hx, what=(kind, backend, device, frozen))
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, wants=("input", "h0", "weights", "nothing"))
-def test_only_what_wants_a_gradient_gets_one(kind, backend, wants):
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES,
+      wants=("input", "h0", "weights", "nothing"))  # fmt: skip
+def test_only_what_wants_a_gradient_gets_one(kind, backend, device, wants):
     results = []
-    for module in twins(kind, backend=backend, dtype=torch.float64):
+    options = {"dtype": torch.float64, "device": device}
+    for module in twins(kind, backend=backend, **options):
         module.requires_grad_(wants == "weights")
         torch.manual_seed(2)
-        input = torch.randn(4, 3, I, dtype=torch.float64, requires_grad=wants == "input")
-        hx = states(kind, module, 3, dtype=torch.float64, requires_grad=wants == "h0")
+        input = torch.randn(4, 3, I, **options, requires_grad=wants == "input")
+        hx = states(kind, module, 3, **options, requires_grad=wants == "h0")
         outputs = list(tensors(module(input, hx)))
         assert all(out.requires_grad == (wants != "nothing") for out in outputs)
         leaves = [t for t in (input, *tensors(hx), *module.parameters()) if t.requires_grad]
@@ -177,15 +184,18 @@ def test_only_what_wants_a_gradient_gets_one(kind, backend, wants):
         assert_close(results[1], results[0])
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, part=("output", "h_n", "c_n"))
-def test_backward_from_one_result_alone(kind, backend, part):
+@grid(
+    kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES, part=("output", "h_n", "c_n")
+)  # fmt: skip
+def test_backward_from_one_result_alone(kind, backend, device, part):
     if part == "c_n" and kind != "lstm":
         part = "h_n"
     results = []
     at = ("output", "h_n", "c_n").index(part)
-    for module in twins(kind, I, H, 2, bidirectional=True, backend=backend, dtype=torch.float64):
+    options = {"dtype": torch.float64, "device": device}
+    for module in twins(kind, I, H, 2, bidirectional=True, backend=backend, **options):
         torch.manual_seed(2)
-        input = torch.randn(4, 3, I, dtype=torch.float64, requires_grad=True)
+        input = torch.randn(4, 3, I, **options, requires_grad=True)
         result = list(tensors(module(input)))[at]
         leaves = [input, *module.parameters()]
         results.append(
@@ -196,10 +206,11 @@ def test_backward_from_one_result_alone(kind, backend, part):
     assert_close(results[1], results[0])
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_backward_twice_over_a_kept_graph_and_gradients_add_up(kind, backend):
-    _, ours = twins(kind, backend=backend, dtype=torch.float64)
-    loss = ours(torch.randn(4, 3, I, dtype=torch.float64))[0].square().sum()
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+@without_cudnn()
+def test_backward_twice_over_a_kept_graph_and_gradients_add_up(kind, backend, device):
+    _, ours = twins(kind, backend=backend, device=device, dtype=torch.float64)
+    loss = ours(torch.randn(4, 3, I, dtype=torch.float64, device=device))[0].square().sum()
     loss.backward(retain_graph=True)
     once = [p.grad.clone() for p in ours.parameters()]
     loss.backward()
@@ -208,10 +219,10 @@ def test_backward_twice_over_a_kept_graph_and_gradients_add_up(kind, backend):
         loss.backward()
 
 
-@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES)
-def test_a_weight_changed_between_forward_and_backward_is_noticed(kind, backend):
-    _, ours = twins(kind, backend=backend)
-    output, _ = ours(torch.randn(4, 3, I))
+@grid(kind=MODULE_KINDS, backend=BACKEND_NAMES, device=DEVICES)
+def test_a_weight_changed_between_forward_and_backward_is_noticed(kind, backend, device):
+    _, ours = twins(kind, backend=backend, device=device)
+    output, _ = ours(torch.randn(4, 3, I, device=device))
     with torch.no_grad():
         ours.weight_hh_l0.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numerics
 import torch
+from devices import DEVICES, native
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -18,7 +19,8 @@ from fused_rnn.cells import CELLS
 
 # The CPU's tensors run on these.
 RUN_HERE = tuple(name for name in BACKENDS if name != "cuda")
-BACKEND_NAMES = (*RUN_HERE, "auto")
+# Every request that some device here can meet; numerics.grid leaves out what does not go together.
+BACKEND_NAMES = (*(name for name in BACKENDS if name != "cuda" or "cuda" in DEVICES), "auto")
 # One of each module: where the nonlinearity cannot matter.
 MODULE_KINDS = tuple(kind for kind in CELLS if kind != "rnn_relu")
 
@@ -33,11 +35,20 @@ def name_of(kind: str, *, cell: bool = False) -> tuple[str, dict[str, Any]]:
 
 
 def twins(
-    kind: str, *args: Any, cell: bool = False, backend: str = "auto", **kwargs: Any
+    kind: str,
+    *args: Any,
+    cell: bool = False,
+    backend: str | None = None,
+    device: str = "cpu",
+    **kwargs: Any,
 ) -> tuple[nn.Module, nn.Module]:
-    """torch's module and ours, equal weights; sizes are ``I, H`` unless given."""
+    """torch's module and ours, equal weights; sizes are ``I, H`` unless given.
+
+    Without ``backend``, ours runs on our kernels for the device.
+    """
     name, options = name_of(kind, cell=cell)
-    args = args or (I, H)
+    args, options = args or (I, H), options | {"device": device}
+    backend = backend or native(device)
     theirs = getattr(nn, name)(*args, **options, **kwargs)
     ours = getattr(fused_rnn, name)(*args, **options, **kwargs, backend=backend)
     ours.load_state_dict(theirs.state_dict())
@@ -45,7 +56,8 @@ def twins(
 
 
 def states(kind: str, module: nn.Module, *batch: int, **options: Any) -> Any:
-    """Random ``hx`` for ``module`` (a sequence module or a cell) in torch.nn's form."""
+    """Random ``hx`` for ``module`` (a sequence module or a cell), there and in torch.nn's form."""
+    options = {"device": next(module.parameters()).device} | options
     layers = getattr(module, "num_layers", None)
     lead = () if layers is None else (layers * (2 if module.bidirectional else 1),)
     h = torch.randn(*lead, *batch, getattr(module, "proj_size", 0) or module.hidden_size, **options)
@@ -96,7 +108,7 @@ def step(
     random = torch.Generator().manual_seed(1)
     torch.autograd.backward(
         outputs,
-        [torch.randn(o.shape, generator=random, dtype=torch.float64).to(o.dtype) for o in outputs],
+        [torch.randn(o.shape, generator=random, dtype=torch.float64).to(o) for o in outputs],
     )
     leaves = {f"d input {at}": t for at, t in enumerate((*tensors(input), *tensors(hx)))}
     leaves |= {f"d {name}": p for name, p in module.named_parameters()}
