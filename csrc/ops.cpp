@@ -48,8 +48,13 @@ class Operands {
         given == type || (state && (given == io_ || given == carry_type(io_))), "fused_rnn: ", name,
         " has another dtype than expected; ", name_,
         ", the weights and the states must agree, control and keep are uint8 and rows is int32");
-    const Tensor typed = given == type ? x : torch::stable::to(x, type);
-    return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+    if (given == type && x.is_contiguous()) return x;
+    return or_out_of_memory(
+        [&] {
+          const Tensor typed = given == type ? x : torch::stable::to(x, type);
+          return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+        },
+        [&] { return name; });
   }
 
   OptionalTensor get(const char* name, const OptionalTensor& x, const Shape& shape, ScalarType type,
@@ -62,7 +67,9 @@ class Operands {
 const void* pointer(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
 Tensor allocate(const Tensor& like, const Shape& shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+  return or_out_of_memory(
+      [&] { return torch::stable::new_empty(like, shape, type); },
+      [&] { return "a tensor of size " + to_string(shape.data(), shape.size()); });
 }
 
 // Every row of the compact tensors belongs to just one step, and no step points outside of them.

@@ -2,6 +2,7 @@
 // or a step, ops.cpp does the checking and the allocation around them.
 #pragma once
 
+#include <exception>
 #include <optional>
 #include <tuple>
 
@@ -25,6 +26,16 @@ struct Device {
   bool masks;          // it has h_mask and keep
   int64_t algorithms;  // how many there are to choose among by number, from 1 on
 };
+
+// What `make` allocates; where that fails, a sentence with words() that autograd.py knows.
+template <class Make, class Words>
+Tensor or_out_of_memory(Make make, Words words) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    STD_TORCH_CHECK(false, "fused_rnn: out of memory: there is no room for ", words());
+  }
+}
 
 // What acts inside the loop.
 struct Options {

@@ -16,6 +16,22 @@ ops = torch.ops.fused_rnn
 _MASKS = ("control", "rows", "h_mask", "keep")
 
 
+def _call(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """``op(*arguments)``, where memory that a GPU has not is torch's own exception.
+
+    An exception loses its type on its way through torch's stable ABI.
+    """
+    if torch.compiler.is_compiling():
+        return op(*arguments)
+    try:
+        return op(*arguments)
+    except RuntimeError as error:
+        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
+        if on_gpu and "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise
+
+
 class _Layer(torch.autograd.Function):
     """One layer in one direction, with the input's product where ``w_ih`` is given."""
 
@@ -43,7 +59,7 @@ class _LayerInTransform(_Layer):
     @staticmethod
     def forward(cell: Cell, reverse: bool, how, control, rows, h_mask, keep, *inputs):
         options = (control, rows, inputs[-1], h_mask, keep)
-        return ops.layer(cell.id, *inputs[:-1], reverse, True, *options, *how)
+        return _call(ops.layer, cell.id, *inputs[:-1], reverse, True, *options, *how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -62,7 +78,7 @@ def _backward(cell: Cell, inputs, grads, kept, needs, reverse, masks, how):
     control, rows, h_mask, keep = masks
     options = (reverse, control, rows, w_hr, h_mask, keep)
     inputs = (x, w_ih, w_hh, h0, c0)
-    found = list(ops.layer_backward(cell.id, wanted, *grads, *kept, *inputs, *options, *how))
+    found = list(_call(ops.layer_backward, cell.id, wanted, *grads, *kept, *inputs, *options, *how))
     if needs[5]:
         found[5] = found[5].to(h0.dtype)
     if needs[6]:
@@ -197,6 +213,6 @@ def layer(
         h, c, h_n, c_n, _ = function.apply(cell, reverse, how, *masks, *tensors)
     else:
         options = (control, rows, w_hr, h_mask, keep)
-        h, c, h_n, c_n, _ = ops.layer(cell.id, *tensors[:-1], reverse, False, *options, *how)
+        h, c, h_n, c_n, _ = _call(ops.layer, cell.id, *tensors[:-1], reverse, False, *options, *how)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

@@ -290,12 +290,13 @@ def result_dtypes(
     Without autocast, the input's. Under autocast a GEMM's result has the autocast dtype, and an
     elementwise result is promoted with the state that enters: h of an RNN or behind a projection
     is the former, other states are the latter. But torch's LSTM module goes to oneDNN where that
-    can run it, which returns the autocast dtype throughout, as cuDNN does for every module.
+    can run it, which returns the autocast dtype throughout. On CUDA everything does: cuDNN, and
+    the cells, which autocast runs in it.
     """
     low = autocast_dtype(input)
     if low is None:
         return input.dtype, input.dtype
-    if problem.device == "cuda" and problem.T > 0:
+    if problem.device == "cuda":
         return low, low
     state = torch.promote_types(low, input.dtype if states is None else states[-1].dtype)
     dense = problem.T > 0 and not problem.packed and problem.P == 0

@@ -9,6 +9,7 @@ from layers import make_problem
 from numerics import DTYPES, cases, needs_native
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fused_rnn import autograd
 from fused_rnn.cells import CELLS
 
 pytestmark = [pytest.mark.op, needs_native]
@@ -302,3 +303,26 @@ def test_a_state_of_a_third_dtype_is_refused(state):
             2, x, None, None, w_hh, None, torch.randn(3, 4, dtype=state), None, False, True, None,
             None, None, None, None, 0, False,
         )  # fmt: skip
+
+
+def test_memory_that_is_not_there_is_said():
+    """In words; the GPU's is torch's own exception."""
+    x = torch.zeros(1, 1, 1).expand(2**20, 2**16, 32)
+    with pytest.raises(RuntimeError, match="out of memory: there is no room for x"):
+        ops.layer(
+            2, x, None, None, torch.zeros(32, 8), None, None, None, False, True, None, None, None,
+            None, None, 0, False,
+        )  # fmt: skip
+
+
+def test_the_gpus_memory_that_is_not_there_is_torchs_exception():
+    def fails(_):
+        raise RuntimeError("fused_rnn: out of memory: there is no room for a tensor")
+
+    with FakeTensorMode():
+        on_gpu, on_cpu = torch.empty(3, device="cuda"), torch.empty(3)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        autograd._call(fails, on_gpu)
+    with pytest.raises(RuntimeError, match="no room") as raised:
+        autograd._call(fails, on_cpu)
+    assert not isinstance(raised.value, torch.OutOfMemoryError)

@@ -74,8 +74,11 @@ class CudaMachine {
 
   template <class T>
   T* memory(int64_t count) {
-    memory_.push_back(
-        torch::stable::new_empty(like_, {count * int64_t(sizeof(T))}, ScalarType::Byte));
+    memory_.push_back(or_out_of_memory(
+        [&] {
+          return torch::stable::new_empty(like_, {count * int64_t(sizeof(T))}, ScalarType::Byte);
+        },
+        [] { return "what a loop needs beside its results"; }));
     return static_cast<T*>(memory_.back().mutable_data_ptr());
   }
 
