@@ -268,6 +268,7 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
         "-Xptxas=-v",  # registers, shared memory and spills of each kernel
         f"--threads={os.environ.get('MAX_JOBS', '0')}",
         TARGET_VERSION,
+        "-DUSE_CUDA",  # the shims that exist in torch's CUDA builds
         *cuda_architectures(),
     ]
     # nvcc takes the name of a compiler, not a launcher such as ccache before it.
@@ -276,7 +277,7 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
     headers = f"-I{shlex.quote(str(ROOT / 'csrc'))} -isystem {shlex.quote(str(torch / 'include'))}"
     n.rule(
         "nvcc",
-        command=f"{nvcc} {' '.join(flags)} {headers} -MD -MF $out.d -c $in -o $out "
+        command=f"{nvcc} {' '.join(flags)} {headers} $define -MD -MF $out.d -c $in -o $out "
         "> $out.log 2>&1 || { cat $out.log; exit 1; }",
         depfile="$out.d",
         deps="gcc",
@@ -292,11 +293,19 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
         command=f"{nvcc} -shared -cudart static $in -o $out {torch_libraries} {runtime}",
         description="link $out",
     )
+    sources = {"describe": ("describe", ""), "register": ("register", "")}
+    for scalar in ("float", "bf16", "fp16"):
+        sources[f"cluster.{scalar}"] = ("cluster", f"-DFUSED_RNN_SCALAR={scalar}")
     objects = [
-        n.build(f"cuda.{name}.o", "nvcc", str(ROOT / "csrc" / "cuda" / f"{name}.cu"))[0]
-        for name in ("describe", "register")
+        n.build(
+            f"cuda.{name}.o",
+            "nvcc",
+            str(ROOT / "csrc" / "cuda" / f"{source}.cu"),
+            variables={"define": define},
+        )[0]
+        for name, (source, define) in sources.items()
     ]
-    n.build("libfused_rnn_cuda.so", "link_cuda", [*objects, ops])
+    n.build("libfused_rnn_cuda.so", "link_cuda", [*objects, ops, "plan.o"])
 
 
 class NinjaBuild(build_ext):

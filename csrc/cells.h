@@ -17,11 +17,7 @@
 
 #include <math.h>
 
-#if defined(__CUDACC__)
-#define FUSED_RNN_FN __host__ __device__ __forceinline__
-#else
-#define FUSED_RNN_FN inline __attribute__((always_inline))
-#endif
+#include "function.h"
 
 // Each instruction-set build keeps its instantiations in a namespace of its own: the linker merges
 // equal names, and would let one build call another's instructions.

@@ -130,6 +130,7 @@ struct Problem {
                     to_string(w_hh.sizes().data(), w_hh.sizes().size()));
     layer.cell = int(cell_id);
     layer.reverse = reverse;
+    layer.algorithm = options.algorithm;
     layer.tf32 = options.tf32;
     layer.H = w_hh.size(0) / cell.gates;
     layer.R = w_hh.size(1);

@@ -44,7 +44,7 @@ constexpr double kTie = 0.9;
 constexpr int64_t kThreads = 256, kWarps = kThreads / 32;
 // The instruction encoding's limit is 255 a thread. A forward compiled for sm_90a with all of a
 // CTA's W_hh in registers used 34 besides them; backward and wider tiles need more.
-constexpr int64_t kMostRegisters = 255, kWorkingRegisters = 64;
+constexpr int64_t kWorkingRegisters = 64;
 // A thread's part of an m16 x k16 tile of half types, or of m16 x k8 of TF32.
 constexpr int64_t kFragmentRegisters = 4;
 // mma's M; rows of the batch are its N, of which a warp keeps two tiles of 8 at a time.
@@ -89,12 +89,12 @@ struct Planner {
 
   int64_t registers_of_thread() const {
     const int64_t of_cta = std::min(device.registers_per_block, device.registers_per_sm);
-    return std::min(kMostRegisters, of_cta / kThreads);
+    return std::min(int64_t(kMostRegisters), of_cta / kThreads);
   }
   double fma_per_cycle() const { return multiply_adds(problem.arithmetic, device.capability); }
 
   Plan stepwise() const;
-  std::string cannot_persist(int capability, bool exact) const;
+  std::string cannot_persist(int capability, bool exact, bool masks) const;
   std::string cluster(Plan* best) const;
   std::string grid(Plan* best) const;
 
@@ -114,6 +114,7 @@ struct Planner {
   };
 
   Plan lay_out(const Cut& cut) const;
+  void place_as_built(const Cut& cut, Plan* plan) const;
   Product product(int64_t units) const;
   void split_k(const Product& part, Plan* plan) const;
   void place_weights(Plan* plan) const;
@@ -153,7 +154,7 @@ Plan Planner::stepwise() const {
 }
 
 // Why no kernel that keeps W_hh on the chip runs this, whatever its size.
-std::string Planner::cannot_persist(int capability, bool exact) const {
+std::string Planner::cannot_persist(int capability, bool exact, bool masks) const {
   if (device.capability < capability)
     return "it needs sm_" + std::to_string(capability) + ", and this is sm_" +
            std::to_string(device.capability);
@@ -163,8 +164,8 @@ std::string Planner::cannot_persist(int capability, bool exact) const {
   if (problem.arithmetic == Arithmetic::kFp32 && !exact)
     return "it multiplies on tensor cores, which have no exact fp32; TF32 is not allowed here";
   if (problem.P) return "it has no projection (proj_size)";
-  if (problem.h_mask) return "it has no recurrent dropout (h_mask)";
-  if (problem.keep) return "it has no zoneout (keep)";
+  if (problem.h_mask && !masks) return "it has no recurrent dropout (h_mask)";
+  if (problem.keep && !masks) return "it has no zoneout (keep)";
   if (problem.T == 0 || problem.N == 0) return "there is no step to run";
   return "";
 }
@@ -268,6 +269,22 @@ void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
   plan->setup_us = kKernelUs + loads / kL2BytesPerCycle * us;
 }
 
+// The forward of `cluster` is built: cluster_layout.h says how.
+void Planner::place_as_built(const Cut& cut, Plan* plan) const {
+  const WarpShape shape = warp_shape(int(cell.gates), int(cell.states), int(cell.saved), int(bytes),
+                                     problem.H, cut.team, cut.batch_tile);
+  const ClusterCut warps = cluster_cut(shape, problem.H, cut.team);
+  const int64_t tile_bytes = 32 * 16, tiles = warps.part_tiles * shape.m_tiles();
+  plan->k_split = warps.parts;
+  plan->threads = 32 * warps.warps();
+  plan->weight_bytes = warps.warps() * tiles * tile_bytes;
+  plan->shared_weight_bytes = ClusterShared::weight_bytes(shape, warps.warps(), warps.part_tiles);
+  plan->register_bytes = plan->weight_bytes - plan->shared_weight_bytes;
+  plan->registers =
+      shape.other_registers() + 4 * shape.m_tiles() * std::min(shape.held(), warps.part_tiles);
+  plan->shared_bytes = ClusterShared(shape, warps.groups, warps.parts, warps.part_tiles).bytes;
+}
+
 Plan Planner::lay_out(const Cut& cut) const {
   Plan plan;
   plan.algorithm = cut.algorithm;
@@ -285,10 +302,14 @@ Plan Planner::lay_out(const Cut& cut) const {
     plan.units = std::max(plan.units, plan.unit_bounds[i + 1] - plan.unit_bounds[i]);
   plan.rows = cell.gates * plan.units;
   const Product part = product(plan.units);
-  plan.weight_bytes = round_up(part.M, kM) * round_up(part.K, 32 / bytes) * bytes;
-  split_k(part, &plan);
-  place_weights(&plan);
-  place_rest(cut, part, &plan);
+  if (cut.algorithm == Algorithm::kCluster && !problem.backward) {
+    place_as_built(cut, &plan);
+  } else {
+    plan.weight_bytes = round_up(part.M, kM) * round_up(part.K, 32 / bytes) * bytes;
+    split_k(part, &plan);
+    place_weights(&plan);
+    place_rest(cut, part, &plan);
+  }
   predict(cut, part, &plan);
   return plan;
 }
@@ -297,6 +318,8 @@ std::string Planner::misfit(const Plan& plan) const {
   const std::string size = std::to_string(plan.team) +
                            (plan.team == 1 ? " CTA holds " : " CTAs each hold ") +
                            kilobytes(plan.weight_bytes) + " of W_hh";
+  if (plan.threads > kThreads)
+    return size + ": its " + std::to_string(plan.units) + " units are more than its warps take";
   if (plan.shared_bytes > std::min(device.shared_per_block, device.shared_per_sm))
     return size + ": beside registers that takes " + kilobytes(plan.shared_bytes) +
            " of shared memory, and a CTA has " + kilobytes(device.shared_per_block);
@@ -322,22 +345,25 @@ std::string Planner::verdict(const Plan& best, const Plan& nearest) const {
 }
 
 std::string Planner::cluster(Plan* best) const {
-  const std::string reason = cannot_persist(80, false);
+  const std::string reason = cannot_persist(80, false, !problem.backward);
   if (!reason.empty()) return reason;
+  if (!problem.backward && registers_of_thread() < kMostRegisters)
+    return "its kernels want 255 registers for each of 256 threads";
   // New h goes to the peers in messages of 16 bytes: 8 units of half types, 4 of TF32.
   const int64_t granule = 16 / bytes;
   Plan nearest;
   for (int i = 0; i < (device.capability >= 90 ? kClusterSizes : 1); ++i) {
     const int64_t team = int64_t(1) << i;
     if (device.clusters[i] < 1 || ceil_div(problem.H, granule) < team) continue;
-    for (int64_t tile = 8; tile <= 64 && (tile == 8 || tile / 2 < problem.N); tile *= 2)
+    const int64_t most = problem.backward ? 64 : 16;
+    for (int64_t tile = 8; tile <= most && (tile == 8 || tile / 2 < problem.N); tile *= 2)
       consider({Algorithm::kCluster, team, granule, tile, device.clusters[i]}, best, &nearest);
   }
   return verdict(*best, nearest);
 }
 
 std::string Planner::grid(Plan* best) const {
-  const std::string reason = cannot_persist(80, true);
+  const std::string reason = cannot_persist(80, true, false);
   if (!reason.empty()) return reason;
   Plan nearest;
   for (int64_t groups = 1; groups <= device.sms; groups *= 2) {
@@ -381,12 +407,14 @@ Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::strin
   choice.refusals[2] = planner.grid(&choice.plans[2]);
 
   const auto total = [&](int i) { return choice.plans[i].total_us(problem.T); };
+  const auto built = [&](int i) { return kAlgorithms[i].built(problem.backward); };
   int runs = 0, fastest = 0, least = 0;
   for (int i = 1; i < 3; ++i) {
     if (!choice.refusals[i].empty()) continue;
     if (total(i) < total(least)) least = i;
     if (total(i) < kTie * total(fastest)) fastest = i;
-    if ((kAlgorithms[i].built || !built_only) && total(i) < kTie * total(runs)) runs = i;
+    if ((!built_only || (built(i) && kAlgorithms[i].proven)) && total(i) < kTie * total(runs))
+      runs = i;
   }
 
   if (algorithm != "auto") {
@@ -394,15 +422,17 @@ Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::strin
     if (runs == 3)
       throw std::invalid_argument("unknown algorithm '" + algorithm +
                                   "': expected 'auto', 'stepwise', 'cluster' or 'grid'");
-    const bool built = kAlgorithms[runs].built || !built_only;
-    const std::string reason =
-        choice.refusals[runs].empty() && !built ? "it is not built yet" : choice.refusals[runs];
+    const std::string reason = choice.refusals[runs].empty() && built_only && !built(runs)
+                                   ? "it is not built yet"
+                                   : choice.refusals[runs];
     if (!reason.empty())
       throw std::runtime_error("algorithm '" + algorithm + "' cannot run this: " + reason);
     choice.why = "asked for";
   } else if (runs != fastest) {
-    choice.why = std::string(kAlgorithms[fastest].name) + " is predicted to be faster, " +
-                 number(choice.plans[fastest].us_per_step, "µs") + " a step, but is not built yet";
+    choice.why =
+        std::string(kAlgorithms[fastest].name) + " is predicted to be faster, " +
+        number(choice.plans[fastest].us_per_step, "µs") + " a step, but " +
+        (built(fastest) ? "has not run on a GPU yet: ask for it by name" : "is not built yet");
   } else if (runs == 0 && !choice.refusals[1].empty() && !choice.refusals[2].empty()) {
     choice.why = "nothing else can run this";
   } else if (runs != least) {

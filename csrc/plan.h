@@ -9,19 +9,25 @@
 #include <string>
 #include <vector>
 
+#include "cluster_layout.h"
+
 namespace fused_rnn {
 
 enum class Algorithm { kStepwise, kCluster, kGrid };
 
 struct AlgorithmInfo {
   const char* name;
-  bool built;  // false: planned and reported, never chosen to run
+  bool forward, backward;  // built; what is not is planned and reported, and never runs
+  bool proven;             // has run on a GPU; before that it runs only where asked for by name
+
+  constexpr bool built(bool of_backward) const { return of_backward ? backward : forward; }
 };
 
 inline constexpr AlgorithmInfo kAlgorithms[] = {
-    {"stepwise", true},  // a GEMM and a pointwise kernel a step: runs everything
-    {"cluster", false},  // a cluster of CTAs holds W_hh and runs a batch tile for all T
-    {"grid", false},     // all SMs hold W_hh together; h crosses L2
+    {"stepwise", true, true, true},  // a GEMM and a pointwise kernel a step: runs everything
+    {"cluster", true, false,
+     false},                        // a cluster of CTAs holds W_hh and runs a batch tile for all T
+    {"grid", false, false, false},  // all SMs hold W_hh together; h crosses L2
 };
 
 // What the recurrent product is computed in.
@@ -93,14 +99,8 @@ struct Choice {
   std::string why;
 };
 
-// The first unit of CTA i when blocks of `granule` units are dealt evenly to a team.
-constexpr int64_t unit_begin(int64_t H, int64_t granule, int64_t team, int64_t i) {
-  const int64_t unit = i * ((H + granule - 1) / granule) / team * granule;
-  return unit < H ? unit : H;
-}
-
 // `algorithm` is a name of kAlgorithms, or "auto" for the one predicted to be fastest. With
-// built_only, what is not built is planned but does not run.
+// built_only, what is not built is planned but does not run, nor by "auto" what is not proven.
 // Throws std::invalid_argument for a problem or a name that makes no sense, std::runtime_error
 // with the reason where the named algorithm cannot run the problem.
 Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::string& algorithm,

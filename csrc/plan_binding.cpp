@@ -1,4 +1,5 @@
 // _C.plan: plan.h for Python, in plain dicts. fused_rnn/plan.py gives them types.
+#undef TORCH_TARGET_VERSION  // older torches bring a pybind11 that refuses to be read beside it
 #include "plan_binding.h"
 
 #include <pybind11/stl.h>
@@ -51,11 +52,12 @@ Gpu to_gpu(const py::dict& d) {
   return gpu;
 }
 
-py::dict to_dict(const Plan& plan) {
+py::dict to_dict(const Plan& plan, bool backward) {
   const AlgorithmInfo& algorithm = kAlgorithms[int(plan.algorithm)];
   py::dict d;
   d["algorithm"] = algorithm.name;
-  d["built"] = algorithm.built;
+  d["built"] = algorithm.built(backward);
+  d["proven"] = algorithm.proven;
   d["team"] = plan.team;
   d["teams"] = plan.teams;
   d["batch_tile"] = plan.batch_tile;
@@ -94,7 +96,7 @@ py::dict plan(const py::dict& device, const std::string& cell, const std::string
   py::dict plans, refusals, d;
   for (size_t i = 0; i < choice.plans.size(); ++i) {
     if (choice.refusals[i].empty())
-      plans[kAlgorithms[i].name] = to_dict(choice.plans[i]);
+      plans[kAlgorithms[i].name] = to_dict(choice.plans[i], backward);
     else
       refusals[kAlgorithms[i].name] = choice.refusals[i];
   }

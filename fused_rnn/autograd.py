@@ -28,6 +28,7 @@ def _call(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
     except RuntimeError as error:
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
         if on_gpu and "out of memory" in str(error):
+            torch.cuda.current_stream().query()  # raises an earlier kernel's failure, if that is it
             raise torch.OutOfMemoryError(str(error)) from error
         raise
 

@@ -73,11 +73,12 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> Explanation:
     problem = module.describe(input, hx)
     name = requested(module.backend)
     backend, why = choose(problem, name)
+    _, _, algorithm = name.partition(":")
     return Explanation(
         problem,
         name,
         backend.NAME,
         why,
-        backend.explain(problem),
+        backend.explain(problem, algorithm) if algorithm else backend.explain(problem),
         {b.NAME: refusal(b, problem) or "can run this" for b in BACKENDS.values()},
     )

@@ -255,7 +255,12 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
     """Where each step's row stands in packed data, ``[T,N]`` int32; -1 past a sequence's end."""
-    if device.type == "cuda":
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "fused_rnn: packed input cannot be captured in a CUDA graph: how long sequences "
+                "are would be read anew from the host's memory by each replay; pad it instead"
+            )
         batch_sizes = batch_sizes.pin_memory()  # from elsewhere the copy would wait
     sizes = batch_sizes.to(device, non_blocking=True)
     n = torch.arange(batch, device=device)

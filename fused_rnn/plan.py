@@ -141,6 +141,7 @@ class Plan:
         algorithm: ``"stepwise"`` (a GEMM and a pointwise kernel a step), ``"cluster"`` (clusters of
             CTAs that hold ``W_hh``) or ``"grid"`` (all SMs hold ``W_hh`` together).
         built: whether this version has the kernel.
+        proven: whether that kernel has run on a GPU; before that it runs only by name.
         team: CTAs that hold ``W_hh`` together: the cluster, or a group of the grid's CTAs.
         teams: how many are at work at a time.
         batch_tile: rows of the batch that a team runs together; tile ``i`` is rows
@@ -165,13 +166,14 @@ class Plan:
         us_per_step: predicted µs of a step of the whole batch.
         setup_us: predicted µs before the first step.
         why: the reason for the choice.
-        wanted: where a faster algorithm is planned but not built, its plan.
+        wanted: where a faster algorithm is planned but not built or not proven, its plan.
         refusals: each algorithm that cannot run the problem, and why.
     """
 
     problem: str
     algorithm: str
     built: bool
+    proven: bool
     team: int
     teams: int
     batch_tile: int
@@ -221,8 +223,9 @@ class Plan:
             "  costs     " + "; ".join(f"{what}: {us:.2f} µs" for what, us in self.costs),
         ]
         if self.wanted is not None:
+            state = "by name  " if self.wanted.built else "not built"
             lines.append(
-                f"  not built {self.wanted.algorithm}, predicted {self.wanted.us_per_step:.2f} µs "
+                f"  {state} {self.wanted.algorithm}, predicted {self.wanted.us_per_step:.2f} µs "
                 f"a step, limit {self.wanted.limit}: {self.wanted.layout()}"
             )
         lines += [f"  {name:<9} {reason}" for name, reason in self.refusals.items()]
@@ -260,8 +263,9 @@ def plan(
             (packed input), ``"h_mask"`` and ``"keep"``. Default: none
         algorithm: one of :data:`ALGORITHMS`, or ``"auto"`` for the one predicted to be the fastest.
             Default: ``"auto"``
-        built_only: choose among the algorithms that this version has; the fastest of the others
-            stands in ``wanted``. ``False`` plans as if all were built. Default: ``True``
+        built_only: choose among the algorithms that this version has, and that have run on a GPU;
+            the fastest of the others stands in ``wanted``. ``False`` plans as if all were built and
+            proven. Default: ``True``
 
     Raises:
         ValueError: an argument makes no sense.
@@ -304,7 +308,8 @@ def plan(
         "refusals": choice["refusals"],
     }
     wanted, fastest = None, choice["plans"][choice["fastest"]]
-    if built_only and not fastest["built"]:
-        why = "predicted to be the fastest, but not built yet"
+    if built_only and not (fastest["built"] and fastest["proven"]):
+        missing = "run on a GPU" if fastest["built"] else "built"
+        why = f"predicted to be the fastest, but not {missing} yet"
         wanted = Plan(**fastest, **shared, why=why, wanted=None)
     return Plan(**choice["plans"][choice["runs"]], **shared, why=choice["why"], wanted=wanted)

@@ -112,7 +112,9 @@ def error(problem, ops, device, *, tf32):
 
 def test_tf32_only_where_it_is_allowed(machine):
     """float32 has a mantissa of 24 bits, TF32 one of 11."""
-    problem = make_problem("lstm", torch.float32, (5, 4, 64), product=True)
+    # Large enough on a GPU that cuBLAS takes a kernel with tensor cores, as it may.
+    size = (5, 64, 256) if machine[1] == "cuda" else (5, 4, 64)
+    problem = make_problem("lstm", torch.float32, size, product=True)
     if machine[1] == "cuda" and torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU has no TF32")
     for exact, coarse in zip(
@@ -140,7 +142,7 @@ def test_masks_of_wrong_sizes_or_dtypes_are_refused(name, rows, machine):
             ops.layer(*arguments)
 
 
-@pytest.mark.parametrize("number", [-1, 2, 99])
+@pytest.mark.parametrize("number", [-1, 4, 99])
 def test_an_algorithm_that_does_not_exist_is_refused(number, machine):
     ops, device = machine
     arguments = make_problem("gru", torch.float32, (3, 2, 8)).op_arguments()

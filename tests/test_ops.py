@@ -1,6 +1,7 @@
 """The ops as torch sees them: schemas, fakes, memory, and what they refuse."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,7 +308,7 @@ def test_a_state_of_a_third_dtype_is_refused(state):
 
 def test_memory_that_is_not_there_is_said():
     """In words; the GPU's is torch's own exception."""
-    x = torch.zeros(1, 1, 1).expand(2**20, 2**16, 32)
+    x = torch.zeros(1, 1, 1).expand(2**24, 2**20, 32)  # more than a process can address
     with pytest.raises(RuntimeError, match="out of memory: there is no room for x"):
         ops.layer(
             2, x, None, None, torch.zeros(32, 8), None, None, None, False, True, None, None, None,
@@ -315,13 +316,18 @@ def test_memory_that_is_not_there_is_said():
         )  # fmt: skip
 
 
-def test_the_gpus_memory_that_is_not_there_is_torchs_exception():
+def test_the_gpus_memory_that_is_not_there_is_torchs_exception(monkeypatch):
     def fails(_):
         raise RuntimeError("fused_rnn: out of memory: there is no room for a tensor")
 
     with FakeTensorMode():
         on_gpu, on_cpu = torch.empty(3, device="cuda"), torch.empty(3)
+    stream = SimpleNamespace(query=lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        autograd._call(fails, on_gpu)
+    stream.query = lambda: 1 / 0  # what an earlier kernel did wrong
+    with pytest.raises(ZeroDivisionError):
         autograd._call(fails, on_gpu)
     with pytest.raises(RuntimeError, match="no room") as raised:
         autograd._call(fails, on_cpu)

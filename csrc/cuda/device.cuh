@@ -1,7 +1,12 @@
 // The ops of a device from the algorithms: run-time cell and dtype become template arguments here.
 #pragma once
 
+#include <iterator>
+#include <type_traits>
+
 #include "../ops.h"
+#include "../plan.h"
+#include "cluster_forward.cuh"
 #include "step.cuh"
 #include "stepwise_backward.cuh"
 #include "stepwise_forward.cuh"
@@ -27,12 +32,39 @@ void dispatch(int cell, ScalarType io, Run run) {
   }
 }
 
+// What the plan says of a forward that was asked for by its algorithm's name.
+template <class T>
+Plan plan_forward(const ForwardArgs& a, const Gpu& gpu) {
+  PlanProblem problem;
+  problem.cell = a.cell;
+  problem.arithmetic = sizeof(T) == 8            ? Arithmetic::kFp64
+                       : sizeof(T) == 4          ? (a.tf32 ? Arithmetic::kTf32 : Arithmetic::kFp32)
+                       : std::is_same_v<T, bf16> ? Arithmetic::kBf16
+                                                 : Arithmetic::kFp16;
+  problem.T = a.T, problem.N = a.N, problem.H = a.H, problem.P = a.w_hr ? a.R : 0;
+  problem.h_mask = a.h_mask, problem.keep = a.keep;
+  const int algorithm = int(a.algorithm) - 1;
+  return make_plan(problem, gpu, kAlgorithms[algorithm].name, true).plans[algorithm];
+}
+
+// By itself, and for a backward, the device chooses stepwise: nothing else has run on a GPU yet.
+template <class Cell, class T, class Machine>
+void run_forward(const ForwardArgs& a, Machine& machine) {
+  if (a.algorithm <= 1 || a.T == 0) return forward<Cell, T>(a, machine);
+  const Plan plan = plan_forward<T>(a, machine.gpu());
+  if constexpr (sizeof(T) < 8) {
+    const WarpShape shape = warp_shape(Cell::kGates, Cell::kStates, Cell::kSaved, sizeof(T), a.H,
+                                       plan.team, plan.batch_tile);
+    forward_cluster<Cell, T>(a, shape, cluster_cut(shape, a.H, plan.team), machine);
+  }
+}
+
 template <class Machine>
 struct Ops {
   static void forward(const ForwardArgs& args, const Tensor& like) {
     Machine machine(like, args.tf32);
     dispatch(args.cell, like.scalar_type(), [&](auto cell, auto scalar) {
-      cuda::forward<decltype(cell), decltype(scalar)>(args, machine);
+      run_forward<decltype(cell), decltype(scalar)>(args, machine);
     });
   }
   static void backward(const BackwardArgs& args, const Tensor& like) {
@@ -48,7 +80,8 @@ struct Ops {
       machine.launch(one_step<decltype(cell), decltype(scalar), kBackward>, args.H, args.N, args);
     });
   }
-  static constexpr Device kDevice = {forward, backward, step<false>, step<true>, true, 1};
+  static constexpr Device kDevice = {forward,    backward, step<false>,
+                                     step<true>, true,     std::size(kAlgorithms)};
 };
 
 }  // namespace fused_rnn::cuda

@@ -10,15 +10,15 @@ namespace fused_rnn::cuda {
 
 // Gates, states and sums of the half types are float.
 template <class T>
-struct Arithmetic {
+struct ArithmeticOf {
   using type = float;
 };
 template <>
-struct Arithmetic<double> {
+struct ArithmeticOf<double> {
   using type = double;
 };
 template <class T>
-using arithmetic_t = typename Arithmetic<T>::type;
+using arithmetic_t = typename ArithmeticOf<T>::type;
 
 // Widened at load, rounded at store.
 template <class T>

@@ -16,6 +16,8 @@
 #define FUSED_RNN_DEVICE __device__ __forceinline__
 #define FUSED_RNN_KERNEL __global__ void
 #define FUSED_RNN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+// Before a loop of few, constant rounds: its indices become constants, so arrays stay in registers.
+#define FUSED_RNN_UNROLL _Pragma("unroll")
 // An array of the block; `name` is a T*, or decays to one.
 #define FUSED_RNN_SHARED(T, name, count) __shared__ T name[count]
 

@@ -4,6 +4,15 @@
 
 namespace fused_rnn {
 
+// A kernel that is made of mma leaves its body out elsewhere: compiling it takes seconds.
+FUSED_RNN_DEVICE constexpr bool has_mma() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return false;
+#else
+  return true;
+#endif
+}
+
 // kCount 8x8 matrices of 16-bit elements from shared memory. Lane i names the first byte of row
 // i % 8 of matrix i / 8: 16 bytes, aligned to 16. Lanes past 8 * kCount may name anything valid.
 template <int kCount, bool kTranspose = false>

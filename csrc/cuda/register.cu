@@ -1,137 +1,22 @@
-// The CUDA implementation of the ops: torch's memory and stream, and cuBLAS on torch's own handle,
-// whose stream and workspace torch has set. Nothing here waits for the device.
-#define USE_CUDA  // the shims that exist in torch's CUDA builds
-
-#include <cuda_runtime.h>
-#include <dlfcn.h>
-
-#include <limits>
-#include <vector>
-
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/c/shim.h>
+// The CUDA implementation of the ops.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "cuda/device.cuh"
+#include "cuda/machine.cuh"
 
 namespace fused_rnn::cuda {
-namespace {
 
-// cuBLAS' C interface, as far as it is used. The library comes with torch; its headers need not
-// be there to build.
-namespace cublas {
-enum Operation : int { kPlain = 0, kTransposed = 1 };
-enum Type : int { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 14 };
-enum Compute : int { kCompute32 = 68, kCompute64 = 70 };
-// Sums are never rounded to a half type on the way, also where parts of K are summed apart.
-enum Math : int { kFullSums = 16, kTf32 = 3 };
-constexpr int kDefaultAlgorithm = -1;
-using Gemm = int (*)(void* handle, int op_a, int op_b, int m, int n, int k, const void* alpha,
-                     const void* a, int a_type, int lda, const void* b, int b_type, int ldb,
-                     const void* beta, void* c, int c_type, int ldc, int compute, int algorithm);
+// Compiled by cluster.cu, once for each dtype: it takes minutes, so in parallel.
+#define FUSED_RNN_CLUSTER(Cell, T)                                                                \
+  extern template void forward_cluster<Cell, T>(const ForwardArgs&, WarpShape, const ClusterCut&, \
+                                                CudaMachine&);
+#define FUSED_RNN_CLUSTERS(T)   \
+  FUSED_RNN_CLUSTER(RnnTanh, T) \
+  FUSED_RNN_CLUSTER(RnnRelu, T) FUSED_RNN_CLUSTER(Lstm, T) FUSED_RNN_CLUSTER(Gru, T)
+FUSED_RNN_CLUSTERS(float)
+FUSED_RNN_CLUSTERS(bf16)
+FUSED_RNN_CLUSTERS(fp16)
 
-using SetMathMode = int (*)(void* handle, int mode);
-
-// Found through libtorch, which this library needs and which brings cuBLAS.
-template <class Function>
-Function find(const char* name) {
-  const auto function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
-  STD_TORCH_CHECK(function, "fused_rnn: this torch comes without cuBLAS (", name,
-                  " was not found)");
-  return function;
-}
-
-template <class T>
-constexpr Type type_of() {
-  if (sizeof(T) == 8) return kDouble;
-  if (sizeof(T) == 4) return kFloat;
-  return std::is_same_v<T, bf16> ? kBFloat16 : kHalf;
-}
-}  // namespace cublas
-
-void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "fused_rnn: ", what, ": ", cudaGetErrorString(error));
-}
-
-class CudaMachine {
-  const Tensor& like_;
-  const bool tf32_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  void* blas_ = nullptr;
-  std::vector<Tensor> memory_;  // torch frees it in the order of the stream
-
- public:
-  CudaMachine(const Tensor& like, bool tf32)
-      : like_(like), tf32_(tf32), guard_(like.get_device_index()) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
-
-  template <class T>
-  T* memory(int64_t count) {
-    memory_.push_back(or_out_of_memory(
-        [&] {
-          return torch::stable::new_empty(like_, {count * int64_t(sizeof(T))}, ScalarType::Byte);
-        },
-        [] { return "what a loop needs beside its results"; }));
-    return static_cast<T*>(memory_.back().mutable_data_ptr());
-  }
-
-  template <class Kernel, class... Args>
-  void launch(Kernel* kernel, int64_t units, int64_t rows, const Args&... args) {
-    if (units == 0 || rows == 0) return;
-    constexpr int64_t kMostRows = 65535;  // of a grid in y
-    const dim3 grid(unsigned((units + kThreads - 1) / kThreads),
-                    unsigned(rows < kMostRows ? rows : kMostRows));
-    kernel<<<grid, kThreads, 0, stream_>>>(args...);
-    check(cudaGetLastError(), "a kernel was not launched");
-  }
-
-  template <class T, class Out>
-  void multiply(Sizes s, const T* a, const T* b, Out* out) {
-    if (s.m == 0 || s.n == 0) return;
-    constexpr int64_t kMost = std::numeric_limits<int>::max();
-    STD_TORCH_CHECK(s.m <= kMost && s.n <= kMost && s.k <= kMost, "fused_rnn: a product of sizes ",
-                    s.m, ", ", s.n, ", ", s.k, " is beyond cuBLAS; make T or N smaller");
-    if (s.k == 0) {  // cuBLAS may leave the result as it was
-      check(cudaMemsetAsync(out, 0, size_t(s.m * s.n) * sizeof(Out), stream_),
-            "memory not cleared");
-      return;
-    }
-    using A = arithmetic_t<T>;
-    const A one = 1, zero = 0;
-    const ColumnMajor c(s);
-    const auto operation = [](bool transposed) {
-      return transposed ? cublas::kTransposed : cublas::kPlain;
-    };
-    static const auto gemm = cublas::find<cublas::Gemm>("cublasGemmEx");
-    const int status = gemm(
-        handle(), operation(c.first_transposed), operation(c.second_transposed), int(c.m), int(c.n),
-        int(c.k), &one, b, cublas::type_of<T>(), int(c.first_stride), a, cublas::type_of<T>(),
-        int(c.second_stride), &zero, out, cublas::type_of<Out>(), int(c.out_stride),
-        sizeof(T) == 8 ? cublas::kCompute64 : cublas::kCompute32, cublas::kDefaultAlgorithm);
-    STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to a product of sizes ",
-                    s.m, ", ", s.n, ", ", s.k);
-  }
-
- private:
-  // With the products' arithmetic set: torch sets its own whenever it takes the handle.
-  void* handle() {
-    if (blas_) return blas_;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&blas_));
-    static const auto set_math = cublas::find<cublas::SetMathMode>("cublasSetMathMode");
-    const int status = set_math(blas_, cublas::kFullSums | (tf32_ ? cublas::kTf32 : 0));
-    STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to cublasSetMathMode");
-    return blas_;
-  }
-};
-
-}  // namespace
 }  // namespace fused_rnn::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, library) {

@@ -11,6 +11,42 @@ namespace fused_rnn::cuda {
 // enough that they do not double the memory of a long sequence.
 inline constexpr int64_t kInputRows = 8192;
 
+// x times W_ih, for some steps at a time. With rows, a step's rows may lie anywhere among all.
+template <class T, class Machine>
+class InputProducts {
+  using A = arithmetic_t<T>;
+  const Layer& a_;
+  Machine& machine_;
+  const int64_t gates_, chunk_;
+  A* gx_;
+
+  int64_t steps(int64_t first) const { return a_.T - first < chunk_ ? a_.T - first : chunk_; }
+
+ public:
+  InputProducts(const Layer& a, int64_t gates, Machine& machine)
+      : a_(a),
+        machine_(machine),
+        gates_(gates * a.H),
+        chunk_(a.rows || !a.w_ih ? a.T : (kInputRows + a.N - 1) / a.N),
+        gx_(a.w_ih ? machine.template memory<A>((a.rows ? a.M : steps(0) * a.N) * gates_)
+                   : nullptr) {}
+
+  const A* data() const { return gx_; }  // null without W_ih: x is the product
+  int64_t chunk() const { return chunk_; }
+  // How many steps from `step` on, a multiple of chunk(), have their products now.
+  int64_t make(int64_t step) {
+    if (a_.w_ih)
+      machine_.multiply({a_.rows ? a_.M : steps(step) * a_.N, gates_, a_.I, false, true},
+                        static_cast<const T*>(a_.x) + first_row(step) * a_.I,
+                        static_cast<const T*>(a_.w_ih), gx_);
+    return steps(step);
+  }
+  // The row of x that the first of the products made at `step` belongs to.
+  int64_t first_row(int64_t step) const {
+    return a_.rows ? 0 : (a_.reverse ? a_.T - step - steps(step) : step) * a_.N;
+  }
+};
+
 template <class T>
 struct ForwardStep {
   using A = arithmetic_t<T>;
@@ -134,16 +170,25 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1) start_state(Start<T> a) {
   }
 }
 
+// The states before the first step where they are carried, and what its product reads.
+template <class Cell, class T, class Machine>
+void start_states(const ForwardArgs& a, T* operand, Machine& machine) {
+  using A = arithmetic_t<T>;
+  const StepRows first = Loop(a, 0).step(0);
+  machine.launch(start_state<T>, a.R, a.N,
+                 Start<T>{first, a.N, a.R, static_cast<const A*>(a.h0), static_cast<A*>(a.h_n),
+                          static_cast<const T*>(a.h_mask), operand});
+  if constexpr (Cell::kStates == 2)
+    machine.launch(start_state<T>, a.H, a.N,
+                   Start<T>{first, a.N, a.H, static_cast<const A*>(a.c0), static_cast<A*>(a.c_n),
+                            nullptr, nullptr});
+}
+
 template <class Cell, class T, class Machine>
 void forward(const ForwardArgs& a, Machine& machine) {
   using A = arithmetic_t<T>;
   constexpr int64_t G = Cell::kGates;
   const int64_t gates = G * a.H;
-  // With rows, a step's rows may lie anywhere among all.
-  const int64_t input_steps = a.rows ? a.T : (kInputRows + a.N - 1) / a.N;
-  const int64_t chunk = input_steps < a.T ? input_steps : a.T;
-  const int64_t input_rows = a.rows ? a.M : chunk * a.N;
-
   const Loop loop(a, Cell::kStates == 2 ? a.R + a.H : a.R);
 
   ForwardStep<T> step{};
@@ -158,9 +203,9 @@ void forward(const ForwardArgs& a, Machine& machine) {
   step.saved = static_cast<T*>(a.saved);
   step.h_n = static_cast<A*>(a.h_n);
   step.c_n = static_cast<A*>(a.c_n);
-  A* const gx = a.w_ih ? machine.template memory<A>(input_rows * gates) : nullptr;
+  InputProducts<T, Machine> input(a, G, machine);
   A* const gh = machine.template memory<A>(a.N * gates);
-  step.gx = gx;
+  step.gx = input.data();
   step.gh = gh;
   step.h_mask = static_cast<const T*>(a.h_mask);
   step.operand = machine.template memory<T>(a.N * a.R);
@@ -169,22 +214,12 @@ void forward(const ForwardArgs& a, Machine& machine) {
   step.projected = projected;
 
   if (a.T == 0) step.operand = nullptr;  // there is no first step to read it
-  const StepRows first = loop.step(0);
-  machine.launch(
-      start_state<T>, a.R, a.N,
-      Start<T>{first, a.N, a.R, static_cast<const A*>(a.h0), step.h_n, step.h_mask, step.operand});
-  if constexpr (Cell::kStates == 2)
-    machine.launch(
-        start_state<T>, a.H, a.N,
-        Start<T>{first, a.N, a.H, static_cast<const A*>(a.c0), step.c_n, nullptr, nullptr});
+  start_states<Cell, T>(a, step.operand, machine);
 
   for (int64_t i = 0; i < a.T; ++i) {
-    if (a.w_ih && i % chunk == 0) {
-      const int64_t steps = a.T - i < chunk ? a.T - i : chunk;
-      const int64_t rows = a.rows ? a.M : steps * a.N;
-      step.gx_first = a.rows ? 0 : (a.reverse ? a.T - i - steps : i) * a.N;
-      machine.multiply({rows, gates, a.I, false, true}, step.x + step.gx_first * a.I,
-                       static_cast<const T*>(a.w_ih), gx);
+    if (i % input.chunk() == 0) {
+      input.make(i);
+      step.gx_first = input.first_row(i);
     }
     machine.multiply({a.N, gates, a.R, false, true}, static_cast<const T*>(step.operand),
                      static_cast<const T*>(a.w_hh), gh);

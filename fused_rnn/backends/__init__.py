@@ -12,8 +12,8 @@ algorithm), and one or more of
   one"; asked where its ``is_small(problem)`` says so.
 
 One with several algorithms has their names in ``ALGORITHMS``, ``lacks(algorithm, problem)`` for the
-reason why one of them cannot run the problem, and its ``layer`` takes ``algorithm=``, their number
-from 1 on.
+reason why one of them cannot run the problem; its ``explain`` takes the name of one that was asked
+for, and its ``layer`` takes ``algorithm=``, their number from 1 on.
 """
 
 from __future__ import annotations
@@ -78,9 +78,13 @@ _NAMES = ["auto", *BACKENDS, *(f"{b}:{a}" for b, names in _ALGORITHMS.items() fo
 
 
 class _Choice(threading.local):
-    """The calling thread's choice. Not a ContextVar: dynamo cannot trace one under fullgraph."""
+    """The calling thread's choice. Not a ContextVar: dynamo cannot trace one under fullgraph.
 
-    name = "auto"
+    Nor a default in the class, which a compiled module would not notice to be hidden later.
+    """
+
+    def __init__(self) -> None:
+        self.name = "auto"
 
 
 _choice = _Choice()
@@ -188,9 +192,12 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
         return torch_nn, "measured faster than our loop at this size"
     if not problem.compiling and refusal(torch_nn, problem) is None:
         if refusal(cuda, problem) is None:
-            ours, why = cuda.faster_than_torch(problem, cudnn.allows_tf32())
+            cudnn_runs = torch_nn.cudnn_can_run(problem)
+            ours, why = cuda.faster_than_torch(problem, cudnn.allows_tf32(), cudnn_runs)
             return cuda if ours else torch_nn, why
         return torch_nn, "the native loop cannot run this, torch.nn can"
+    if refusal(cuda, problem) is None:
+        return cuda, "torch.nn cannot run this"
     return reference, "nothing else can run this"
 
 

@@ -9,7 +9,6 @@ from .. import native
 from ..autograd import layer
 from ..plan import ALGORITHMS, Device, Plan, describe, plan
 from . import cpu, cudnn, tuning
-from . import torch as torch_nn
 from .cpu import cell_step
 
 if TYPE_CHECKING:
@@ -30,12 +29,19 @@ def supports(problem: Problem) -> str | None:
     return cpu.cannot_compute(problem)
 
 
-def explain(problem: Problem) -> str:
+_WORDS = {
+    "stepwise": "one product by cuBLAS and one native pointwise kernel a step",
+    "cluster": "clusters keep the weights on chip for all steps, in one launch; backward stepwise",
+}
+
+
+def explain(problem: Problem, algorithm: str = "auto") -> str:
     if problem.T == 0:
         return "torch's two GEMMs, then one native pointwise kernel"
-    what = "stepwise: one product by cuBLAS and one native pointwise kernel a step"
+    ran = "stepwise" if algorithm == "auto" else algorithm
+    what = f"{ran}: {_WORDS[ran]}"
     try:
-        return f"{what}\n{_plan(problem, describe(problem.ordinal))}"
+        return f"{what}\n{_plan(problem, describe(problem.ordinal), algorithm)}"
     except (RuntimeError, ValueError) as error:
         return f"{what}\nno plan: {error}"
 
@@ -72,25 +78,25 @@ def _plan(
 
 
 @lru_cache(maxsize=1024)
-def faster_than_torch(problem: Problem, tf32: bool) -> tuple[bool, str]:
+def faster_than_torch(problem: Problem, tf32: bool, cudnn_runs: bool) -> tuple[bool, str]:
     """Whether ours runs ``problem`` on its GPU faster than torch.nn does, and why we think so.
 
     A measurement near it decides. Without one, ours has to keep the weights on the chip where torch
     would have cuDNN run a product and a pointwise kernel a step.
     """
     try:
-        return _faster(problem, describe(problem.ordinal), tf32)
+        return _faster(problem, describe(problem.ordinal), tf32, cudnn_runs)
     except (RuntimeError, ValueError) as error:
         return False, f"no plan for ours: {error}"
 
 
-def _faster(problem: Problem, device: Device, tf32: bool) -> tuple[bool, str]:
+def _faster(problem: Problem, device: Device, tf32: bool, cudnn_runs: bool) -> tuple[bool, str]:
     row = tuning.measured(problem, device.name, tf32)
     if row is not None:
         where = f"T={row.T} N={row.N} H={row.H}, {row.algorithm}"
         return row.speedup >= 1, f"measured at {row.speedup:.2f} times torch.nn's speed ({where})"
     unmeasured = "ours was not measured near this size on this GPU; ask for it by name"
-    if problem.T == 0 or not torch_nn.cudnn_can_run(problem):
+    if problem.T == 0 or not cudnn_runs:
         return False, unmeasured
     capability = divmod(device.capability, 10)
     passes = (False, True) if problem.grad else (False,)

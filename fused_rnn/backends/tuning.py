@@ -21,7 +21,8 @@ NEAR = 1.0
 
 
 class Key(NamedTuple):
-    """What has to be equal for a row to say anything of a problem."""
+    """What has to be equal for a row to say anything of a problem. The input's width is not in it:
+    its product is one matrix product for ours and for torch.nn."""
 
     device: str
     cell: str

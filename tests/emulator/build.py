@@ -105,7 +105,8 @@ def library() -> Path:
     flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     for folder in include_paths():
         flags += ["-isystem", folder]
-    sources = [*sorted(HERE.glob("*.cpp")), HERE / "ops" / "ops.cpp", ROOT / "csrc" / "ops.cpp"]
+    shared_sources = [ROOT / "csrc" / name for name in ("ops.cpp", "plan.cpp")]
+    sources = [*sorted(HERE.glob("*.cpp")), HERE / "ops" / "ops.cpp", *shared_sources]
     objects = _compile_all([(source, "library", flags) for source in sources])
     torch_folder = [f"-L{folder}" for folder in library_paths()]
     shared = ["-shared", *torch_folder, "-ltorch_cpu"]
@@ -121,6 +122,12 @@ def ops() -> Any:
 def seed(value: int) -> None:
     """Choose the schedules of the ops' launches."""
     ctypes.CDLL(str(library())).fused_rnn_emulator_seed(ctypes.c_uint64(value))
+
+
+def clusters(*active: int) -> None:
+    """Say how many clusters of 1, 2, 4, 8 and 16 blocks fit the emulated GPU at a time."""
+    given = (ctypes.c_int64 * 5)(*active)
+    ctypes.CDLL(str(library())).fused_rnn_emulator_clusters(given)
 
 
 def run(program: Path, case: str, seeds: int, timeout: float = 120) -> dict[int, str]:

@@ -12,6 +12,7 @@
 #define FUSED_RNN_DEVICE inline
 #define FUSED_RNN_KERNEL void
 #define FUSED_RNN_LAUNCH_BOUNDS(threads, blocks)
+#define FUSED_RNN_UNROLL
 // The lambda's type is one for each declaration and instantiation, and so is its `site`.
 #define FUSED_RNN_SHARED(T, name, count)                                \
   T* const name = static_cast<T*>(::fused_rnn::emulator::static_shared( \
@@ -28,6 +29,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 struct Index3 {
   int x, y, z;
 };
+
+FUSED_RNN_DEVICE void unsupported(const char* what) { emulator::misuse("a kernel", what); }
 
 // ---- Where a thread stands.
 

@@ -5,6 +5,8 @@
 
 namespace fused_rnn {
 
+FUSED_RNN_DEVICE constexpr bool has_mma() { return true; }
+
 template <int kCount, bool kTranspose = false>
 FUSED_RNN_DEVICE void load_matrix(uint32_t (&r)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4, "ldmatrix loads 1, 2 or 4 matrices");

@@ -18,6 +18,19 @@ namespace {
 
 uint64_t seed = 0;
 
+// What the planner is told of the machine: an H200, whose clusters a test may restrict.
+Gpu h200() {
+  Gpu gpu;
+  gpu.capability = 90, gpu.sms = 132;
+  gpu.shared_per_sm = 228 * 1024, gpu.shared_per_block = 227 * 1024;
+  gpu.registers_per_sm = gpu.registers_per_block = 65536;
+  gpu.threads_per_block = 1024;
+  gpu.l2_bytes = 50 << 20;
+  gpu.clock_ghz = 1.98, gpu.dram_gb_s = 4800;
+  return gpu;
+}
+Gpu emulated = h200();
+
 class EmulatedMachine {
   struct Loan {
     void *outside, *inside;
@@ -65,6 +78,21 @@ class EmulatedMachine {
     launch.block = {kThreads};
     launch.seed = seed;
     const emulator::Report report = emulator::run(launch, kernel, args...);
+    STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
+  }
+
+  const Gpu& gpu() const { return emulated; }
+
+  template <class Argument>
+  void launch_clusters(void (*kernel)(Argument), int team, int64_t clusters, int threads,
+                       int64_t bytes, const Argument& argument) {
+    emulator::Launch launch;
+    launch.grid = {int(team * clusters)};
+    launch.block = {threads};
+    launch.cluster = team;
+    launch.shared_bytes = size_t(bytes);
+    launch.seed = seed;
+    const emulator::Report report = emulator::run(launch, kernel, argument);
     STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
   }
 
@@ -131,7 +159,7 @@ void forward(const ForwardArgs& args, const Tensor& like) {
   machine.borrow("c_n", a.c_n, a.N * a.H * bytes.carry);
   machine.borrow("saved", a.saved, a.M * kCellShapes[a.cell].saved * a.H * bytes.io);
   dispatch(a.cell, like.scalar_type(), [&](auto cell, auto scalar) {
-    cuda::forward<decltype(cell), decltype(scalar)>(a, machine);
+    run_forward<decltype(cell), decltype(scalar)>(a, machine);
   });
   machine.give_back();
 }
@@ -200,13 +228,21 @@ void step(const StepArgs& args, const Tensor& like) {
   machine.give_back();
 }
 
-constexpr Device kEmulated = {forward, backward, step<false>, step<true>, true, 1};
+constexpr Device kEmulated = {forward,    backward, step<false>,
+                              step<true>, true,     std::size(kAlgorithms)};
 
 }  // namespace
 }  // namespace fused_rnn::cuda
 
 extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_seed(uint64_t value) {
   fused_rnn::cuda::seed = value;
+}
+
+// How many clusters of 1, 2, 4, 8 and 16 blocks fit.
+extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_clusters(
+    const int64_t* active) {
+  for (int i = 0; i < fused_rnn::kClusterSizes; ++i)
+    fused_rnn::cuda::emulated.clusters[i] = active[i];
 }
 
 STABLE_TORCH_LIBRARY(fused_rnn_emulated, library) { fused_rnn::define_ops(library); }

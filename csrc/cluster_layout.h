@@ -1,0 +1,112 @@
+// How the cluster algorithm cuts up a problem and lays out a CTA: the same formulas for the plan,
+// which needs no GPU, and for the kernels.
+#pragma once
+
+#include <stdint.h>
+
+#include "function.h"
+
+namespace fused_rnn {
+
+inline constexpr int kClusterWarps = 8;  // of a CTA at most: an SM has registers for 8 full warps
+inline constexpr int kMostRegisters = 255;  // of a thread: the instruction encoding's limit
+
+// The first unit of CTA i when blocks of `granule` units are dealt evenly to a team.
+FUSED_RNN_FN constexpr int64_t unit_begin(int64_t H, int64_t granule, int64_t team, int64_t i) {
+  const int64_t unit = i * ((H + granule - 1) / granule) / team * granule;
+  return unit < H ? unit : H;
+}
+
+// What is fixed when a kernel is compiled: a warp owns `blocks` times 8 units, all gates of each,
+// for `tiles` times 8 rows of the batch. On the tensor cores W_hh is the left operand, tiles of 16
+// rows by 32 bytes of K; half a tile is 8 units at one gate.
+struct WarpShape {
+  int gates, states, saved;  // of the cell
+  int element;               // bytes of an element of W_hh
+  int blocks, tiles;
+
+  FUSED_RNN_FN constexpr int units() const { return 8 * blocks; }
+  FUSED_RNN_FN constexpr int columns() const { return 8 * tiles; }
+  FUSED_RNN_FN constexpr int depth() const { return 32 / element; }  // of a tile, along K
+  FUSED_RNN_FN constexpr int chunk() const { return 16 / element; }  // units of a message
+  FUSED_RNN_FN constexpr int m_tiles() const { return (blocks * gates + 1) / 2; }
+  FUSED_RNN_FN constexpr int sums() const { return m_tiles() * tiles * 4; }  // of a lane
+  // Registers of a thread beside the weights: for each of its elements the sums (or what is saved,
+  // which comes after them), gx, the states, and the rest as compiled for sm_90.
+  FUSED_RNN_FN constexpr int other_registers() const {
+    return 2 * blocks * tiles * ((gates > saved ? gates : saved) + gates + states + 1) + 84 +
+           16 * (tiles - 1);
+  }
+  // Tiles of K whose weights a warp keeps in registers; even, as tiles are multiplied in pairs.
+  FUSED_RNN_FN constexpr int held() const {
+    return (kMostRegisters - other_registers()) / (8 * m_tiles()) * 2;
+  }
+};
+
+// The rest of the cut: groups of warps with the same units, each split over `parts` of K.
+struct ClusterCut {
+  int team;        // CTAs of a cluster
+  int groups;      // of the CTA with most units
+  int parts;       // of K
+  int part_tiles;  // tiles of K in a part, even
+  int64_t units;   // of the CTA with most
+
+  FUSED_RNN_FN constexpr int warps() const { return groups * parts; }
+};
+
+constexpr int64_t most_units(int64_t H, int64_t granule, int64_t team) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < team; ++i) {
+    const int64_t units = unit_begin(H, granule, team, i + 1) - unit_begin(H, granule, team, i);
+    most = units > most ? units : most;
+  }
+  return most;
+}
+
+// As few blocks a warp as there are warps for; two where one would leave half a tile empty. Kernels
+// are compiled for two blocks or two tiles, not for both.
+constexpr WarpShape warp_shape(int gates, int states, int saved, int element, int64_t H,
+                               int64_t team, int64_t batch_tile) {
+  const int64_t units = most_units(H, 16 / element, team);
+  const int tiles = int(batch_tile / 8);
+  const bool two = tiles == 1 && (units > 8 * kClusterWarps || (gates % 2 && units > 8));
+  return {gates, states, saved, element, two ? 2 : 1, tiles};
+}
+
+// As many parts of K as there are warps for and pairs of tiles in it. With more groups than warps
+// the problem does not fit.
+constexpr ClusterCut cluster_cut(WarpShape shape, int64_t H, int64_t team) {
+  ClusterCut cut{};
+  cut.team = int(team);
+  cut.units = most_units(H, shape.chunk(), team);
+  cut.groups = int((cut.units + shape.units() - 1) / shape.units());
+  const int pairs = int((H + 2 * shape.depth() - 1) / (2 * shape.depth()));
+  cut.parts = kClusterWarps / cut.groups;
+  cut.parts = cut.parts < 1 ? 1 : cut.parts < pairs ? cut.parts : pairs;
+  cut.part_tiles = (pairs + cut.parts - 1) / cut.parts * 2;
+  return cut;
+}
+
+// Where things stand in shared memory, in bytes from its start.
+struct ClusterShared {
+  int64_t stride;   // elements from row to row of what the product reads
+  int64_t weights;  // those that registers do not hold
+  int64_t sums;     // of all parts of K but the first
+  int64_t staging, barriers, bytes;
+
+  FUSED_RNN_FN constexpr ClusterShared(WarpShape shape, int groups, int parts, int part_tiles)
+      // 16 bytes more than a multiple of 32: ldmatrix finds 8 rows in different banks.
+      : stride(int64_t(parts) * part_tiles * shape.depth() + shape.chunk()),
+        weights(2 * shape.columns() * stride * shape.element),
+        sums(weights + weight_bytes(shape, groups * parts, part_tiles)),
+        staging(sums + int64_t(groups) * (parts - 1) * shape.sums() * 32 * 4),
+        barriers(staging + int64_t(groups) * shape.columns() * shape.units() * shape.element),
+        bytes(barriers + 2 * 8) {}
+
+  FUSED_RNN_FN static constexpr int64_t weight_bytes(WarpShape shape, int warps, int part_tiles) {
+    const int left = part_tiles > shape.held() ? part_tiles - shape.held() : 0;
+    return int64_t(warps) * left * shape.m_tiles() * 32 * 16;
+  }
+};
+
+}  // namespace fused_rnn

@@ -1,0 +1,420 @@
+// cluster, forward: a cluster of blocks holds W_hh on the chip and runs a tile of the batch through
+// all steps. It waits for nobody outside the cluster and meets at no barrier inside the loop.
+//
+// A block owns some units, all gates of each, for 8 or 16 rows of the batch. A warp owns one or two
+// times 8 of the block's units, and one part of K; the warps of part 0 end with the sums of all
+// parts. There a lane owns unit lane / 4 of each 8, and of every 8 rows of the batch two,
+// 2 (lane % 4) and the next: all gates of a unit meet in one lane, which keeps its states.
+//
+// In registers: a warp's weights, as many as fit; states; the next step's gx. In shared memory: the
+// rest of the weights, and what the product reads, h of all units, twice: while a step reads one,
+// all blocks of the cluster fill the other by st.async, whose bytes an mbarrier counts. The one
+// being filled was read in the step before, and that is over: who sends has this step's h from
+// every block, and each of its warps sent after it had read.
+#pragma once
+
+#include "../cluster_layout.h"
+#include "layer.cuh"
+#include "stepwise_forward.cuh"
+
+namespace fused_rnn::cuda {
+
+template <class T>
+struct ClusterForward {
+  using A = arithmetic_t<T>;
+  Loop loop;
+  int64_t first, count;  // the steps to run
+  int64_t N, H;
+  ClusterCut cut;
+  const A* gx;  // products of the input from row gx_first on, or null: x is the product
+  int64_t gx_first;
+  const T *x, *w_hh, *b_ih, *b_hh;  // biases: or null
+  const T* h_mask;                  // [N, H], or null
+  T *h, *c, *saved;                 // c, saved: or null
+  A *h_n, *c_n;                     // the carried states, read before and written after
+};
+
+// What the tensor cores take of a T.
+template <class T>
+struct Multiplied {
+  using type = T;
+};
+template <>
+struct Multiplied<float> {
+  using type = tf32;
+};
+
+// A warp's view: who it is, its registers, and what it does in a step.
+template <class Cell, class T, int kBlocks, int kTiles>
+struct ClusterWarp {
+  using A = arithmetic_t<T>;
+  static constexpr int kGates = Cell::kGates;
+  static constexpr WarpShape kShape = {kGates,    Cell::kStates, Cell::kSaved,
+                                       sizeof(T), kBlocks,       kTiles};
+  static constexpr int kM = kShape.m_tiles(), kHeld = kShape.held(), kChunk = kShape.chunk(),
+                       kUnits = kShape.units(), kColumns = kShape.columns(),
+                       kDepth = kShape.depth(), kSums = kShape.sums();
+
+  const ClusterForward<T>& a;
+  const ClusterShared place;
+  T *operands, *staging;
+  char* weights;
+  float* sums;
+  Mbarrier* arrived;
+  int part, group;
+  int64_t row, unit, units_end;  // the first of the tile, of the warp; past the block's last
+
+  uint32_t held[kHeld][kM][4];
+  A bias_x[kBlocks][kGates], bias_h[kBlocks][kGates];
+  A gx[kBlocks][kTiles][2][kGates];
+  A states[kBlocks][kTiles][2][Cell::kStates];
+
+  FUSED_RNN_DEVICE explicit ClusterWarp(const ClusterForward<T>& args)
+      : a(args), place(kShape, args.cut.groups, args.cut.parts, args.cut.part_tiles) {
+    char* const shared = shared_memory<char>();
+    operands = reinterpret_cast<T*>(shared);
+    weights = shared + place.weights;
+    sums = reinterpret_cast<float*>(shared + place.sums);
+    staging = reinterpret_cast<T*>(shared + place.staging);
+    arrived = reinterpret_cast<Mbarrier*>(shared + place.barriers);
+    const int groups = a.cut.groups, rank = cluster_rank();
+    part = warp() / groups;
+    group = warp() % groups;
+    row = int64_t(block_index().x / a.cut.team) * kColumns;
+    unit = unit_begin(a.H, kChunk, a.cut.team, rank) + group * kUnits;
+    units_end = unit_begin(a.H, kChunk, a.cut.team, rank + 1);
+    staging += group * kColumns * kUnits;
+  }
+
+  FUSED_RNN_DEVICE int64_t unit_of(int block) const { return unit + 8 * block + lane() / 4; }
+  FUSED_RNN_DEVICE int column_of(int tile, int j) const { return 8 * tile + 2 * (lane() % 4) + j; }
+  FUSED_RNN_DEVICE T* operand(int64_t step) const {
+    return operands + (step & 1) * kColumns * place.stride;
+  }
+
+  // As the product reads it: the tensor cores would cut float off, not round it.
+  FUSED_RNN_DEVICE static void store_operand(T* to, A h) {
+    if constexpr (sizeof(T) == 4)
+      store(reinterpret_cast<uint32_t*>(to), to_tf32(h));
+    else
+      store(to, from_float<T>(h));
+  }
+
+  // run(block, tile, j, n, unit) for the elements of this lane that exist.
+  template <class Run>
+  FUSED_RNN_DEVICE void each(Run run) const {
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < 2 * kBlocks * kTiles; ++i) {
+      const int block = i / (2 * kTiles), tile = i / 2 % kTiles, j = i % 2;
+      const int64_t n = row + column_of(tile, j), u = unit_of(block);
+      if (n < a.N && u < units_end) run(block, tile, j, n, u);
+    }
+  }
+
+  // The weights as the tensor cores take them: register i of a tile holds 4 bytes of row lane / 4,
+  // in the second half of the tile for odd i, at byte 4 (lane % 4) of K, and 16 further for i >= 2.
+  // What lies outside of W_hh is zero.
+  FUSED_RNN_DEVICE void load_weights() {
+    const int first = part * a.cut.part_tiles * kDepth + lane() % 4 * (4 / int(sizeof(T)));
+    const T* rows[2 * kM];
+    int left[2 * kM];  // elements of the row from there on
+    FUSED_RNN_UNROLL
+    for (int half = 0; half < 2 * kM; ++half) {
+      const int64_t u = unit_of(half / kGates);
+      const bool exists = half < kBlocks * kGates && u < units_end;
+      rows[half] = a.w_hh + (exists ? (half % kGates * a.H + u) * a.H + first : 0);
+      left[half] = exists ? int(a.H) - first : 0;
+    }
+    const auto fragment = [&](int tile, int m, int i) {
+      const T* const row = rows[2 * m + i % 2];
+      const int k = tile * kDepth + i / 2 * kChunk, more = left[2 * m + i % 2] - k;
+      if constexpr (sizeof(T) == 4)
+        return more > 0 ? to_tf32(load(row + k)) : 0;
+      else
+        return pack(more > 0 ? load(row + k) : from_float<T>(0),
+                    more > 1 ? load(row + k + 1) : from_float<T>(0));
+    };
+    FUSED_RNN_UNROLL
+    for (int tile = 0; tile < kHeld; ++tile) {
+      FUSED_RNN_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < 4; ++i)
+          held[tile][m][i] = tile < a.cut.part_tiles ? fragment(tile, m, i) : 0;
+      }
+    }
+    for (int tile = kHeld; tile < a.cut.part_tiles; ++tile) {
+      FUSED_RNN_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        Vector<uint32_t, 4> bits;
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < 4; ++i) bits[i] = fragment(tile, m, i);
+        store_vector(shared_weights(tile, m), bits);
+      }
+    }
+  }
+  FUSED_RNN_DEVICE uint32_t* shared_weights(int tile, int m) const {
+    const int left = a.cut.part_tiles - kHeld;
+    const int at = ((warp() * left + tile - kHeld) * kM + m) * 32 + lane();
+    return reinterpret_cast<uint32_t*>(weights) + at * 4;
+  }
+
+  // Weights, states and the first operand are in place, mbarriers stand, and operands are zero
+  // where nobody sends.
+  FUSED_RNN_DEVICE void start() {
+    if (thread_index().x == 0 && a.cut.team > 1) {
+      mbarrier_init(arrived, 1);
+      mbarrier_init(arrived + 1, 1);
+      fence_mbarrier_init();
+    }
+    load_weights();
+    load_states();
+    if (part == 0) fetch(0);
+    if (a.cut.team > 1)
+      cluster_sync();
+    else
+      sync_block();
+  }
+  // Until the operand of a step is there, and for the next one's bytes to be counted. A block alone
+  // has all its warps at work, and they meet.
+  FUSED_RNN_DEVICE void wait(int64_t step) {
+    if (a.cut.team == 1) {
+      if (step > 0) sync_block();
+      return;
+    }
+    if (step > 0) mbarrier_wait(arrived + step % 2, int((step - 1) / 2 % 2));
+    if (thread_index().x == 0 && step + 1 < a.count)
+      mbarrier_arrive_expect(arrived + (step + 1) % 2,
+                             kColumns * int((a.H + kChunk - 1) / kChunk) * 16);
+  }
+
+  // The carried states, and what the first product reads: all units, not the block's own alone.
+  FUSED_RNN_DEVICE void load_states() {
+    const StepRows now = a.loop.step(a.first);
+    for (int i = thread_index().x; i < 2 * kColumns * place.stride; i += 32 * a.cut.warps())
+      store(operands + i, from_float<T>(0));
+    // What no lane writes meets weights of zero, and must be finite.
+    for (int i = lane(); i < kColumns * kUnits; i += 32)
+      if (part == 0) store(staging + i, from_float<T>(0));
+    sync_block();
+    for (int column = warp(); column < kColumns; column += a.cut.warps()) {
+      const int64_t n = row + column;
+      if (n >= a.N || now.clears(n)) continue;
+      for (int64_t u = lane(); u < a.H; u += 32) {
+        const A h = masked(a.h_mask, n * a.H + u, read(a.h_n, n * a.H + u));
+        store_operand(operand(0) + column * place.stride + u, h);
+      }
+    }
+    each([&](int block, int tile, int j, int64_t n, int64_t u) {
+      A(&s)[Cell::kStates] = states[block][tile][j];
+      s[0] = read(a.h_n, n * a.H + u);
+      if constexpr (Cell::kStates == 2) s[1] = read(a.c_n, n * a.H + u);
+    });
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kBlocks * kGates; ++i) {
+      const int block = i / kGates, g = i % kGates;
+      const int64_t u = unit_of(block), gate = g * a.H + u;
+      const bool exists = u < units_end;
+      bias_x[block][g] = exists && a.b_ih ? read(a.b_ih, gate) : A(0);
+      bias_h[block][g] = exists && a.b_hh ? read(a.b_hh, gate) : A(0);
+    }
+  }
+
+  FUSED_RNN_DEVICE void fetch(int64_t step) {
+    const StepRows now = a.loop.step(a.first + step);
+    each([&](int block, int tile, int j, int64_t n, int64_t u) {
+      if (now.holds(n)) return;
+      const int64_t index = now.index(n);
+      FUSED_RNN_UNROLL
+      for (int g = 0; g < kGates; ++g)
+        gx[block][tile][j][g] = a.gx ? read(a.gx, ((index - a.gx_first) * kGates + g) * a.H + u)
+                                     : read(a.x, (index * kGates + g) * a.H + u);
+    });
+  }
+
+  // sum[m][tile] += the warp's rows of W_hh times the operand, over its part of K.
+  FUSED_RNN_DEVICE void multiply(const T* h, float (&sum)[kM][kTiles][4]) const {
+    // Lane i names row i % 8 of matrix i / 8: 8 rows of the batch, 16 bytes of K each.
+    const T* const rows =
+        h + lane() % 8 * place.stride + part * a.cut.part_tiles * kDepth + lane() / 8 * kChunk;
+    const auto two_tiles = [&](int tile, auto weight) {
+      FUSED_RNN_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        uint32_t b[4];
+        load_matrix<4>(b, rows + 8 * t * place.stride + tile * kDepth);
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t of_tile[2] = {b[2 * i], b[2 * i + 1]};
+          FUSED_RNN_UNROLL
+          for (int m = 0; m < kM; ++m)
+            mma<typename Multiplied<T>::type>(sum[m][t], weight(i, m), of_tile);
+        }
+      }
+    };
+    FUSED_RNN_UNROLL
+    for (int tile = 0; tile < kHeld; tile += 2)
+      if (tile < a.cut.part_tiles)
+        two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return held[tile + i][m]; });
+    for (int tile = kHeld; tile < a.cut.part_tiles; tile += 2) {
+      uint32_t weight[2][kM][4];
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < 2 * kM; ++i) {
+        const auto bits = load_vector<4>(shared_weights(tile + i / kM, i % kM));
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < 4; ++k) weight[i / kM][i % kM][k] = bits[k];
+      }
+      two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return weight[i][m]; });
+    }
+  }
+
+  // The sums of all parts, in their order, in the warps of part 0; the others leave theirs there.
+  FUSED_RNN_DEVICE void add_parts(float (&sum)[kM][kTiles][4]) const {
+    const int groups = a.cut.groups;
+    const auto each_sum = [&](int of_part, auto run) {
+      float* const base = sums + ((of_part - 1) * groups + group) * kSums * 32 + lane();
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kSums; ++i)
+        run(base + i * 32, sum[i / (4 * kTiles)][i / 4 % kTiles][i % 4]);
+    };
+    if (part > 0) each_sum(part, [](float* at, float x) { store(at, x); });
+    sync_threads(1 + group, 32 * a.cut.parts);
+    if (part > 0) return;
+    for (int other = 1; other < a.cut.parts; ++other)
+      each_sum(other, [](const float* at, float& x) { x += load(at); });
+  }
+
+  // The states after a step, and in `sum` what is saved; what the next product reads, staged.
+  FUSED_RNN_DEVICE void update(int64_t step, const float (&sum)[kM][kTiles][4],
+                               A (&saved)[kBlocks][kTiles][2][4]) {
+    const StepRows now = a.loop.step(a.first + step);
+    const bool last = step + 1 == a.count;
+    const StepRows next = a.loop.step(last ? a.first + step : a.first + step + 1);
+    each([&](int block, int tile, int j, int64_t n, int64_t u) {
+      A(&state)[Cell::kStates] = states[block][tile][j];
+      if (!now.holds(n)) {
+        A x[kGates], gh[kGates], s[Cell::kStates], s1[Cell::kStates];
+        FUSED_RNN_UNROLL
+        for (int g = 0; g < kGates; ++g) {
+          const int half = block * kGates + g;
+          x[g] = gx[block][tile][j][g] + bias_x[block][g];
+          gh[g] = sum[half / 2][tile][half % 2 * 2 + j] + bias_h[block][g];
+        }
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < Cell::kStates; ++i) s[i] = now.clears(n) ? A(0) : state[i];
+        Cell::forward(x, gh, s, s1, saved[block][tile][j]);
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < Cell::kStates; ++i) state[i] = now.keeps(n, i * a.H + u) ? s[i] : s1[i];
+      }
+      if (last) return;
+      const A h = next.clears(n) ? A(0) : masked(a.h_mask, n * a.H + u, state[0]);
+      store_operand(staging + column_of(tile, j) * kUnits + 8 * block + lane() / 4, h);
+    });
+  }
+
+  // The staged operand to all blocks of the cluster, this one included.
+  FUSED_RNN_DEVICE void send(int64_t step) {
+    constexpr int kOfRow = kUnits / kChunk, kMessages = kColumns * kOfRow;
+    sync_warp();
+    for (int i = lane(); i < kMessages * a.cut.team; i += 32) {
+      const int peer = i / kMessages, column = i % kMessages / kOfRow, chunk = i % kOfRow;
+      const int64_t u = unit + chunk * kChunk;
+      if (u >= units_end) continue;
+      const auto h = load_vector<kChunk>(staging + column * kUnits + chunk * kChunk);
+      T* const to = operand(step + 1) + column * place.stride + u;
+      if (a.cut.team == 1)
+        store_vector(to, h);
+      else
+        store_async(reinterpret_cast<Vector<T, kChunk>*>(to), h, arrived + (step + 1) % 2, peer);
+    }
+    sync_warp();
+  }
+
+  FUSED_RNN_DEVICE void write_outputs(int64_t step, const A (&saved)[kBlocks][kTiles][2][4]) const {
+    const StepRows now = a.loop.step(a.first + step);
+    each([&](int block, int tile, int j, int64_t n, int64_t u) {
+      const int64_t index = now.index(n);
+      if (index < 0) return;
+      const bool holds = now.holds(n);
+      const A(&state)[Cell::kStates] = states[block][tile][j];
+      write(a.h, index * a.H + u, holds ? A(0) : state[0]);
+      if constexpr (Cell::kStates == 2)
+        if (a.c) write(a.c, index * a.H + u, holds ? A(0) : state[1]);
+      if (a.saved) FUSED_RNN_UNROLL
+      for (int i = 0; i < Cell::kSaved; ++i)
+        write(a.saved, (index * Cell::kSaved + i) * a.H + u,
+              holds ? A(0) : saved[block][tile][j][i]);
+    });
+  }
+
+  FUSED_RNN_DEVICE void write_states() const {
+    each([&](int block, int tile, int j, int64_t n, int64_t u) {
+      write(a.h_n, n * a.H + u, states[block][tile][j][0]);
+      if constexpr (Cell::kStates == 2) write(a.c_n, n * a.H + u, states[block][tile][j][1]);
+    });
+  }
+};
+
+template <class Cell, class T, int kBlocks, int kTiles>
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
+    cluster_forward(ClusterForward<T> a) {
+  if constexpr (!has_mma()) return unsupported("the cluster algorithm needs sm_80");
+  ClusterWarp<Cell, T, kBlocks, kTiles> warp(a);
+  const bool updates = warp.part == 0;
+  warp.start();
+  if (warp.unit >= warp.units_end) return;  // the block has fewer units than another
+
+  for (int64_t step = 0; step < a.count; ++step) {
+    warp.wait(step);
+    float sum[warp.kM][kTiles][4] = {};
+    warp.multiply(warp.operand(step), sum);
+    if (a.cut.parts > 1) warp.add_parts(sum);
+    if (!updates) continue;
+    typename ClusterForward<T>::A saved[kBlocks][kTiles][2][4];
+    warp.update(step, sum, saved);
+    if (step + 1 < a.count) {
+      warp.send(step);
+      warp.fetch(step + 1);
+    }
+    warp.write_outputs(step, saved);
+  }
+  if (updates) warp.write_states();
+}
+
+template <class Cell, class T, class Machine>
+void forward_cluster(const ForwardArgs& a, WarpShape shape, const ClusterCut& cut,
+                     Machine& machine) {
+  using A = arithmetic_t<T>;
+  InputProducts<T, Machine> input(a, Cell::kGates, machine);
+  ClusterForward<T> step{};
+  step.loop = Loop(a, Cell::kStates * a.H);
+  step.N = a.N;
+  step.H = a.H;
+  step.cut = cut;
+  step.gx = input.data();
+  step.x = static_cast<const T*>(a.x);
+  step.w_hh = static_cast<const T*>(a.w_hh);
+  step.b_ih = static_cast<const T*>(a.b_ih);
+  step.b_hh = static_cast<const T*>(a.b_hh);
+  step.h_mask = static_cast<const T*>(a.h_mask);
+  step.h = static_cast<T*>(a.h);
+  step.c = static_cast<T*>(a.c);
+  step.saved = static_cast<T*>(a.saved);
+  step.h_n = static_cast<A*>(a.h_n);
+  step.c_n = static_cast<A*>(a.c_n);
+
+  start_states<Cell, T>(a, static_cast<T*>(nullptr), machine);
+  const int64_t clusters = (a.N + shape.columns() - 1) / shape.columns();
+  const int64_t bytes = ClusterShared(shape, cut.groups, cut.parts, cut.part_tiles).bytes;
+  const auto launch = [&](auto kernel) {
+    machine.launch_clusters(kernel, cut.team, clusters, 32 * cut.warps(), bytes, step);
+  };
+  for (step.first = 0; step.first < a.T; step.first += step.count) {
+    step.count = input.make(step.first);
+    step.gx_first = input.first_row(step.first);
+    launch(shape.blocks == 2  ? cluster_forward<Cell, T, 2, 1>
+           : shape.tiles == 2 ? cluster_forward<Cell, T, 1, 2>
+                              : cluster_forward<Cell, T, 1, 1>);
+  }
+}
+
+}  // namespace fused_rnn::cuda
