@@ -27,7 +27,8 @@ def cases(name: str) -> list[str]:
     return re.findall(r'\{"(\w+)", ', (CASES / f"{name}.cpp").read_text())
 
 
-RIGHT = [(name, case) for name in ("block", "cluster", "matrix") for case in cases(name)]
+DRIVERS = ("block", "cluster", "matrix", "cluster_forward")
+RIGHT = [(name, case) for name in DRIVERS for case in cases(name)]
 
 # What each wrong kernel is caught by: here under some schedule, below under every one.
 SOME_SCHEDULE = {
@@ -221,3 +222,34 @@ def test_only_the_primitives_use_intrinsics_and_ptx() -> None:
     for file in checked:
         found = intrinsic.search(file.read_text())
         assert found is None, f"{file}: {found}"
+
+
+# The cluster kernel, wrong on purpose: what stands there, what instead, and whether it takes
+# ThreadSanitizer to see it.
+WRONG_CLUSTERS = {
+    "no-wait": ("mbarrier_wait(arrived + step % 2, int((step - 1) / 2 % 2));", ";", False),
+    "too-few-bytes": ("((a.H + kChunk - 1) / kChunk) * 16)", "(a.H / kChunk) * 16)", False),
+    "one-buffer": ("(step & 1) * kColumns", "0 * kColumns", False),
+    "no-zeros": ("if (part == 0) store(staging + i, from_float<T>(0));", ";", False),
+    "sends-to-the-end": ("if (step + 1 < a.count) {", "{", False),
+    "no-meeting-of-parts": ("sync_threads(1 + group, 32 * a.cut.parts);", ";", False),
+    "sends-too-early": ("sync_warp();\n    for (int i = lane()", "for (int i = lane()", True),
+    "starts-too-early": ("      cluster_sync();", "      ;", False),
+}
+TOLD = tuple(WRONG_CLUSTERS) if numerics.FULL else ("no-wait", "one-buffer", "no-zeros")
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_cluster_kernel_wrong_on_purpose_is_caught(name, tmp_path):
+    right, wrong, by_thread_sanitizer = WRONG_CLUSTERS[name]
+    changed = tmp_path / name
+    shutil.copytree(
+        build.ROOT / "csrc", changed, ignore=shutil.ignore_patterns("primitives*", "cpu")
+    )
+    kernel = changed / "cuda" / "cluster_forward.cuh"
+    source = kernel.read_text()
+    assert source.count(right) == 1, f"the kernel no longer has {right!r} once"
+    kernel.write_text(source.replace(right, wrong))
+    program = build.build(CASES / "cluster_forward.cpp", by_thread_sanitizer, changed)
+    said = build.run(program, "two", 20)
+    assert any(text != "ok" for text in said.values())

@@ -5,6 +5,7 @@ at the same dtype, for every output (and gradient, with ``--backward``). Exit st
 """
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from numerics import assert_as_good_as
 from emulator import build
 from fused_rnn import autograd
 from fused_rnn.cells import CELLS
+from fused_rnn.plan import ALGORITHMS
 
 DTYPES = {
     "fp32": torch.float32,
@@ -30,7 +32,10 @@ DTYPES = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.emulator", description=__doc__)
     parser.add_argument("--cell", choices=CELLS, default="lstm")
-    parser.add_argument("--algorithm", choices=["stepwise"], default="stepwise")
+    parser.add_argument("--algorithm", choices=["stepwise", "cluster"], default="stepwise")
+    parser.add_argument(
+        "--team", type=int, choices=[1, 2, 4, 8, 16], default=2, help="blocks of a cluster"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--T", type=int, default=5, help="steps (default: 5)")
     parser.add_argument("--N", type=int, default=3, help="batch (default: 3)")
@@ -63,7 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     autograd.ops = build.ops()
     build.seed(given.seed)
-    ours, torchs = run(autograd.layer, problem), run(torch_layer, problem)
+    build.clusters(*(2**i == given.team for i in range(5)))
+    number = 1 + ALGORITHMS.index(given.algorithm)
+    ours = run(functools.partial(autograd.layer, algorithm=number), problem)
+    torchs = run(torch_layer, problem)
     oracle = run(oracle_layer, problem.to(torch.float64))
     scale = max(float(x.abs().max()) for x in problem.grads.values() if x.numel())
     print(f"{problem}, {given.dtype}, {given.algorithm}, seed {given.seed}")

@@ -74,14 +74,19 @@ def _compile(source: Path, flavour: str, flags: list[str]) -> Path:
     return object_file
 
 
-def build(driver: Path, thread_sanitizer: bool = False) -> Path:
-    """The program of a driver. Only the driver and the kernels in it are instrumented."""
+def build(driver: Path, thread_sanitizer: bool = False, instead: Path | None = None) -> Path:
+    """The program of a driver. Only the driver and the kernels in it are instrumented.
+
+    ``instead`` is a folder whose files stand in for those of csrc; its name is one of their own.
+    """
     flavour = "thread_sanitizer" if thread_sanitizer else "plain"
     define = ["-DEMULATOR_TSAN"] if thread_sanitizer else []
     sanitize = ["-fsanitize=thread"] if thread_sanitizer else []
     jobs = [(source, flavour, ["-O2", *define]) for source in sorted(HERE.glob("*.cpp"))]
-    jobs.append((driver, flavour, ["-O1", *define, *sanitize]))
-    return _link(_compile_all(jobs), BUILD / flavour / driver.stem, sanitize)
+    replaced = [] if instead is None else ["-iquote", str(instead)]
+    own = flavour if instead is None else f"{flavour}-{instead.name}"
+    jobs.append((driver, own, ["-O1", *define, *sanitize, *replaced]))
+    return _link(_compile_all(jobs), BUILD / own / driver.stem, sanitize)
 
 
 def _compile_all(jobs: list[tuple[Path, str, list[str]]]) -> list[Path]:
