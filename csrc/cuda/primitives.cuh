@@ -34,7 +34,10 @@ struct Index3 {
 };
 
 inline __device__ __noinline__ void unsupported(const char* what) {
-  printf(what);  // as it is: arguments would lie in local memory, which a kernel must not have
+  // In parts: arguments would lie in local memory, which a kernel must not have.
+  printf("fused_rnn: ");
+  printf(what);
+  printf("\n");
   __trap();
 }
 

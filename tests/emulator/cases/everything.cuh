@@ -83,7 +83,9 @@ FUSED_RNN_DEVICE void matrices(float* out, const unsigned char* shared) {
   float d[4] = {};
   mma<bf16>(d, four, two);
   mma<fp16>(d, four, two);
-  mma<tf32>(d, four, two);
+  FUSED_RNN_UNROLL
+  for (int i = 0; i < 2; ++i)
+    if constexpr (has_mma()) mma<tf32>(d, four, two);
   for (int i = 0; i < 4; ++i) store(out + i, d[i]);
 }
 
