@@ -209,12 +209,18 @@ def code_identity() -> str:
 
 def git_commit() -> str:
     """The commit of the tree that is measured, with ``+dirty`` if it holds other changes than
-    results; ``unknown`` outside a checkout."""
+    results; ``unknown`` outside a checkout and without git. ``FUSED_RNN_COMMIT`` names the commit
+    of a copy without its history."""
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        try:
+            run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except OSError:  # there is no git
+            return ""
         return run.stdout.strip() if run.returncode == 0 else ""
 
+    if os.environ.get("FUSED_RNN_COMMIT"):
+        return os.environ["FUSED_RNN_COMMIT"]
     commit = git("rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"

@@ -85,6 +85,15 @@ def test_all_pieces_run_in_order_and_one_failure_fails_all(tmp_path, capsys):
     assert go(tmp_path, {"build": passing, "bench": passing}) == 0
 
 
+def test_without_git_the_commit_is_unknown_unless_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for named in ("", "fedcba987654"):
+        monkeypatch.setenv("FUSED_RNN_COMMIT", named)
+        assert go(tmp_path, {"build": passing}) == 0
+        assert state(tmp_path)["build"]["commit"].startswith(named or "unknown")
+        assert results.git_commit() == (named or "unknown")
+
+
 def test_one_piece_by_name_leaves_the_others_as_they_were(tmp_path, capsys):
     pieces = {"build": passing, "test": failing}
     assert go(tmp_path, pieces) == 1
