@@ -35,7 +35,7 @@ def summary(folder: Path) -> str:
     parts = [
         f"# GPU check: {device}",
         "Made by `make gpu-check` from the files beside it. What no file holds is "
-        f"{MISSING}; rows of other commits than the newest are left out.",
+        f"{MISSING}; rows of other sources than the newest are left out.",
         *pieces(state),
         *build(state),
         *tests(state),
@@ -138,13 +138,12 @@ def place(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def read_grid(path: Path) -> tuple[list[GpuRow], dict[str, str]]:
-    """The rows of the newest commit, and the last line's provenance."""
+    """The rows of the newest sources, and the last line's provenance."""
     lines = gpu_rows.lines(path)
     if not lines:
         return [], {}
     last = lines[-1]
-    same = ("commit", "device", "torch")
-    lines = [line for line in lines if all(line[k] == last[k] for k in same)]
+    lines = [line for line in lines if all(line[k] == last[k] for k in gpu_rows.SAME)]
     return [GpuRow.parse(line) for line in lines], last
 
 

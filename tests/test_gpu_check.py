@@ -165,17 +165,62 @@ def test_an_interrupt_ends_what_runs_and_what_was_found_is_kept(tmp_path, stubbo
     assert state(tmp_path)["test"]["found"]["files"]["test_a.py"]["status"] == "passed"
 
 
-def test_a_piece_goes_on_with_what_it_found_unless_the_code_is_another(tmp_path):
-    def counting(check):
-        check.found["runs"] = check.found.get("runs", 0) + 1
-        return Outcome("passed", "counted")
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A checkout with a file of each kind that counts or does not."""
+    root = tmp_path / "house"
+    for name in (
+        *("setup.py", "csrc/cuda/a.cuh", "csrc/__pycache__/a.pyc", "fused_rnn/a.py"),
+        *("fused_rnn/a.so", "fused_rnn/backends/tuning.csv", "tests/test_a.py"),
+        *("benchmarks/gpu_sanitize.py", "benchmarks/micro/planted_errors.cu"),
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("1")
+    monkeypatch.setattr(results, "ROOT", root / "benchmarks")
+    return root
 
-    for commit, runs in (("a", 1), ("a", 2), ("b", 1)):
-        now = check(tmp_path, commit=commit)
-        if (now.folder / "gpu-check.json").exists():
-            now.state = state(tmp_path)
-        assert now.run("test", counting)
-        assert state(tmp_path)["test"]["found"]["runs"] == runs
+
+def counting(check):
+    check.found["runs"] = check.found.get("runs", 0) + 1
+    return Outcome("passed", "counted")
+
+
+def runs(folder, piece, commit="a"):
+    now = check(folder, commit=commit)
+    if (now.folder / "gpu-check.json").exists():
+        now.state = state(folder)
+    assert now.run(piece, counting)
+    assert state(folder)[piece]["commit"] == commit
+    return state(folder)[piece]["found"]["runs"]
+
+
+def test_a_piece_goes_on_with_what_it_found_also_when_results_were_committed(house, tmp_path):
+    (house / "benchmarks" / "results").mkdir()
+    for count, commit in enumerate(("a", "a", "b"), 1):
+        (house / "benchmarks" / "results" / "grid.csv").write_text(commit)
+        (house / "fused_rnn" / "a.so").write_text(commit)
+        (house / "csrc" / "__pycache__" / "a.pyc").write_text(commit)
+        for piece in ("build", "test"):
+            assert runs(tmp_path, piece, commit) == count
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ("setup.py", {"build", "test", "sanitize"}),
+        ("csrc/cuda/a.cuh", {"build", "test", "sanitize"}),
+        ("fused_rnn/a.py", {"build", "test", "sanitize"}),
+        ("fused_rnn/backends/tuning.csv", {"test"}),
+        ("tests/test_a.py", {"test"}),
+        ("benchmarks/gpu_sanitize.py", {"sanitize"}),
+        ("benchmarks/micro/planted_errors.cu", {"sanitize"}),
+    ],
+)
+def test_a_piece_begins_anew_when_what_it_hangs_on_has_changed(changed, again, house, tmp_path):
+    pieces = ("build", "test", "sanitize")
+    assert [runs(tmp_path, piece) for piece in pieces] == [1, 1, 1]
+    (house / changed).write_text("2")
+    assert {piece for piece in pieces if runs(tmp_path, piece) == 1} == again
 
 
 def test_a_piece_that_raises_has_failed(tmp_path):
