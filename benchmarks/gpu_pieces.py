@@ -13,6 +13,7 @@ bench     the grid against torch.nn
 import csv
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -131,7 +132,9 @@ def verdict(files: dict[str, dict[str, str | int | float]], expected: int) -> Ou
 def sanitize(check: Check) -> Outcome:
     sanitizer = find_tool("compute-sanitizer")
     if sanitizer is None:
-        return Outcome("failed", "compute-sanitizer was not found on PATH or in CUDA_HOME/bin")
+        return Outcome(
+            "failed", "compute-sanitizer was not found on PATH, in CUDA_HOME/bin or beside nvcc"
+        )
     planted = compile_micro(check, "planted_errors")
     if isinstance(planted, Outcome):
         return planted
@@ -203,24 +206,37 @@ def bench(check: Check) -> Outcome:
 
 def compile_micro(check: Check, name: str) -> Path | Outcome:
     """The program, compiled for this GPU; or why there is none."""
-    nvcc = os.environ.get("NVCC") or find_tool("nvcc")
+    nvcc = find_tool("nvcc")
     if nvcc is None:
-        return Outcome("failed", "nvcc was not found on PATH or in CUDA_HOME/bin")
+        return Outcome("failed", "nvcc was not found: see what setup.py says of NVCC")
     BUILT.mkdir(parents=True, exist_ok=True)
     target = BUILT / name
     arch = "".join(map(str, check.device["capability"]))
-    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
-    options = ("-O3", "-std=c++17", "-lineinfo", "-I", ROOT / "csrc", code)
-    compiled = check.command(nvcc, *options, MICRO / f"{name}.cu", "-o", target, limit=180)
+    compiled = check.command(*compile_command(nvcc, name, arch, target), limit=180)
     return target if compiled.ok else Outcome("failed", f"nvcc {name}.cu: {compiled.how}")
 
 
+def compile_command(nvcc: str, name: str, arch: str, target: Path) -> tuple[str | Path, ...]:
+    code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    runtime = f"-L{Path(nvcc).parent.parent / 'lib'}"  # of pip's nvcc: see setup.py
+    options = ("-O3", "-std=c++17", "-lineinfo", "-I", ROOT / "csrc", code, runtime)
+    return (nvcc, *options, MICRO / f"{name}.cu", "-o", target)
+
+
 def find_tool(name: str) -> str | None:
-    """As setup.py finds nvcc, and then where CUDA is by default."""
-    folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    places = [shutil.which(name, path=str(Path(f, "bin"))) for f in folders if f]
-    on_path = shutil.which(name)
-    return places[0] if os.environ.get("CUDA_HOME") and places[0] else on_path or places[-1]
+    """nvcc as setup.py finds it. Other tools of CUDA: in CUDA_HOME, on PATH, beside that nvcc, and
+    where CUDA is by default."""
+    nvcc: str | None = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]()
+    if name == "nvcc":
+        return nvcc
+    home = os.environ.get("CUDA_HOME")
+    places = [
+        str(Path(home, "bin")) if home else "",
+        os.environ.get("PATH", os.defpath),
+        str(Path(nvcc).resolve().parent) if nvcc else "",
+        "/usr/local/cuda/bin",
+    ]
+    return shutil.which(name, path=os.pathsep.join(filter(None, places)))
 
 
 PIECES: dict[str, Callable[[Check], Outcome]] = {

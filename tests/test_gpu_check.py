@@ -3,13 +3,13 @@ and the programs that it compiles."""
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numerics
 import pytest
@@ -26,20 +26,40 @@ from gpu_run import Check, Finished, Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"device": "Some GPU", "capability": [9, 0], "torch": "2.11.0", "cuda": "13.0"}
-NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
+NVCC = gpu_pieces.find_tool("nvcc")
 ARCHITECTURES = ("75", "80", "90", "100", "120") if numerics.FULL else ("90",)
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler, on PATH")
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["sync_latency", "planted_errors"])
 def test_the_microbenchmarks_compile(name, arch, tmp_path):
-    source = ROOT / "benchmarks" / "micro" / f"{name}.cu"
-    code = ("-gencode", f"arch=compute_{arch},code=sm_{arch}")
-    command = [NVCC, "-std=c++17", "-I", ROOT / "csrc", *code, source, "-o", tmp_path / name]
+    command = gpu_pieces.compile_command(NVCC, name, arch, tmp_path / name)
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
+
+
+def test_tools_are_found_as_setup_finds_nvcc_and_beside_it(tmp_path, monkeypatch):
+    """pip's: nvidia/cu13/bin in site-packages, neither on PATH nor in CUDA_HOME."""
+    for name in ("NVCC", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    folder = tmp_path / "nvidia" / "cu99" / "bin"
+    folder.mkdir(parents=True)
+    tools = [str(script(folder / name, "")) for name in ("nvcc", "compute-sanitizer")]
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name: SimpleNamespace(submodule_search_locations=[tmp_path / name]),
+    )
+    assert [gpu_pieces.find_tool(Path(tool).name) for tool in tools] == tools
+    home = tmp_path / "home" / "bin"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("CUDA_HOME", str(home.parent))
+    tools = [str(script(home / name, "")) for name in ("nvcc", "compute-sanitizer")]
+    assert [gpu_pieces.find_tool(Path(tool).name) for tool in tools] == tools
+    monkeypatch.setenv("NVCC", "/named/nvcc")
+    assert gpu_pieces.find_tool("nvcc") == "/named/nvcc"
 
 
 def check(folder, *, commit="0123456789ab", argv=(), device=GPU):
