@@ -90,11 +90,12 @@ def tests(state: dict[str, Any]) -> Iterator[str]:
 def sanitizer(state: dict[str, Any]) -> Iterator[str]:
     tools = state.get("sanitize", {}).get("found", {}).get("tools", {})
     yield "## compute-sanitizer"
-    yield "Each tool must first find an error that was planted for it."
+    yield "Each tool must find an error that was planted for it, and none in the ops."
     yield table(
-        "| tool | | |",
+        "| tool | | every op | planted error |",
         [
-            f"| {tool} | {found.get('status', MISSING)} | {found.get('said', '')} |"
+            f"| {tool} | {found.get('status', MISSING)} | {found.get('said', '')} "
+            f"| {found.get('planted', '')} |"
             for tool in ("memcheck", "racecheck", "synccheck")
             for found in [tools.get(tool, {})]
         ],

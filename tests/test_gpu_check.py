@@ -3,6 +3,7 @@ and the programs that it compiles."""
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -412,7 +413,11 @@ def test_sanitize_passes_where_every_tool_finds_the_planted_error_and_no_other(t
     assert gpu_pieces.sanitize(now).status == "passed"
     assert [*now.found["tools"]] == ["memcheck", "racecheck", "synccheck"]
     said = "168 calls made, forward; ERROR SUMMARY: 0 errors"
-    assert now.found["tools"]["racecheck"] == {"status": "passed", "said": said}
+    assert now.found["tools"]["racecheck"] == {
+        "status": "passed",
+        "planted": "found",
+        "said": said,
+    }
     watched = [env for text, env in now.asked if "gpu_sanitize.py" in text]
     assert watched == [{"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}] * 3
     before = len(now.asked)
@@ -426,13 +431,70 @@ def test_sanitize_passes_where_every_tool_finds_the_planted_error_and_no_other(t
         ((FINDS, ("gpu_sanitize.py", 9, "168 calls made\nERROR SUMMARY: 3 errors\n")), "3 errors"),
         ((FINDS, ("gpu_sanitize.py", 1, "Traceback\n")), "exit status 1"),
         ((FINDS, ("gpu_sanitize.py", 0, "ERROR SUMMARY: 0 errors\n")), "0 errors"),
-        ((("planted_errors", 0, ""), CLEAN), "did not find the planted error"),
     ],
 )
-def test_sanitize_fails_on_errors_and_on_a_tool_that_sees_none(answers, said, tools, tmp_path):
+def test_sanitize_fails_on_errors(answers, said, tools, tmp_path):
     now = Answers(tmp_path, NVCC_RUNS, *answers)
     assert gpu_pieces.sanitize(now).status == "failed"
     assert said in now.found["tools"]["memcheck"]["said"]
+
+
+@pytest.mark.parametrize("control", [(0, ""), (None, "")])
+@pytest.mark.parametrize(
+    ("ops", "said"),
+    [
+        (CLEAN, "168 calls made, forward; ERROR SUMMARY: 0 errors"),
+        (("gpu_sanitize.py", 9, "ERROR SUMMARY: 3 errors\n"), "ERROR SUMMARY: 3 errors"),
+        (("gpu_sanitize.py", None, ""), "cut by the time limit"),
+    ],
+)
+def test_sanitize_fails_where_a_tool_sees_no_planted_error_and_runs_the_ops_all_the_same(
+    control, ops, said, tools, tmp_path
+):
+    options = f"synccheck --kernel-name {gpu_pieces.KERNELS} --error-exitcode 9"
+    blind, ops = (
+        (f"{options} {gpu_pieces.BUILT}", *control),
+        (f"{options} {sys.executable}", *ops[1:]),
+    )
+    now = Answers(tmp_path, NVCC_RUNS, ops, blind, FINDS, CLEAN)
+    found = gpu_pieces.sanitize(now)
+    assert found.status == "failed"
+    assert "synccheck failed (did not find the planted error)" in found.sentence
+    assert "memcheck passed, racecheck passed" in found.sentence
+    synccheck = now.found["tools"]["synccheck"]
+    assert synccheck["said"] == said
+    assert synccheck["planted"] == f"not found ({Finished(*control).how})"
+    now.state = {"sanitize": {"found": now.found}}
+    now.save()
+    assert f"| synccheck | failed | {said} | not found" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler")
+def test_who_is_not_at_the_planted_barrier_lives_on(tmp_path):
+    """In the PTX: every way to the kernel's end leads over the barrier or over a wait."""
+    command = [*gpu_pieces.compile_command(NVCC, "planted_errors", "90", tmp_path / "ptx"), "-ptx"]
+    subprocess.run(command, check=True)
+    kernel = re.split(r"^\.visible \.entry ", (tmp_path / "ptx").read_text(), flags=re.MULTILINE)
+    (body,) = [text for text in kernel if "half_a_block" in text[:80]]
+    lines = [line.strip() for line in body[body.index("{") :].splitlines()]
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    ways, seen, over = [0], set(), set()
+    while ways:
+        at = ways.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        line = lines[at]
+        assert not re.match(r"ret|exit|}", line), "the end is reached with neither"
+        if line.startswith(("bar.sync", "barrier.sync", "nanosleep")):
+            over.add(line.split(".")[0])
+            continue
+        jump = re.match(r"(@\S+\s+)?bra(?:\.uni)?\s+(\S+);", line)
+        if jump:
+            ways.append(labels[jump[2]])
+        if not jump or jump[1]:
+            ways.append(at + 1)
+    assert len(over) == 2
 
 
 def test_missing_tools_are_said(tmp_path, monkeypatch):
