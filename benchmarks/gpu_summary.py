@@ -70,8 +70,14 @@ def build(state: dict[str, Any]) -> Iterator[str]:
 
 
 def tests(state: dict[str, Any]) -> Iterator[str]:
-    files = state.get("test", {}).get("found", {}).get("files", {})
+    found = state.get("test", {}).get("found", {})
+    files = found.get("files", {})
     yield "## Tests"
+    if found.get("left_to_ci"):
+        yield (
+            "Left out here, being about the CPU or the tooling alone: CI runs "
+            f"{', '.join(found['left_to_ci'])}."
+        )
     if not files:
         yield f"Results on this device: {MISSING}."
         return

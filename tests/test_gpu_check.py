@@ -377,6 +377,35 @@ def test_tests_run_by_file_cuda_first_and_what_passed_is_not_run_again(tmp_path,
     assert now.state["test"]["sentence"] == "4 tests in 4 of 4 files, 1 skipped"
 
 
+def test_gpu_tests_run_first_and_those_of_the_cpu_and_the_tooling_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
+    expected = ["gpu", "gpu_memory", "cuda_stepwise", "describe", "cuda", "modules", "any_size"]
+    expected += ["another"]
+    (tmp_path / "tests").mkdir()
+    for name in (*expected, "emulator", "threads", "gpu_check"):
+        (tmp_path / "tests" / f"test_{name}.py").touch()
+    now = Answers(tmp_path / "some-gpu", ("pytest", 5, ""))
+    now.options.pytest = "-k mine"
+    outcome = gpu_pieces.test(now)
+    asked = [text.split(" tests/test_") for text, _ in now.asked]
+    assert [name for _, name in asked] == [f"{name}.py" for name in expected]
+    assert all(text.endswith("-k mine") for text, _ in asked)
+    assert ["-k gpu" in text for text, _ in asked] == [name == "cuda_stepwise" for name in expected]
+    assert "8 of 8 files" in outcome.sentence
+    assert outcome.sentence.endswith("3 files about the CPU or the tooling alone are left to CI")
+    now.state = {"test": {"found": now.found}}
+    now.save()
+    text = (tmp_path / "some-gpu" / "summary.md").read_text()
+    assert "CI runs test_emulator.py, test_gpu_check.py, test_threads.py." in text
+
+
+def test_every_file_of_tests_has_its_place_on_a_machine_with_a_gpu():
+    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert there <= gpu_pieces.TESTS.keys() | gpu_pieces.LEFT_TO_CI
+    assert gpu_pieces.TESTS.keys().isdisjoint(gpu_pieces.LEFT_TO_CI)
+    assert there >= gpu_pieces.LEFT_TO_CI
+
+
 def test_tests_that_are_cut_are_counted_and_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
