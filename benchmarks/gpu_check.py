@@ -76,7 +76,7 @@ def main(
         return 2
     folder = options.out.resolve() / results.slug(device["device"])
     fetch_earlier(folder)
-    check = Check(folder, device, results.code_identity(), options)
+    check = Check(folder, device, results.git_commit(), options)
     if (folder / STATE).exists():
         check.state = json.loads((folder / STATE).read_text())
     say(f"{device['device']}; torch {device['torch']}, commit {check.commit}; results in {folder}")

@@ -15,14 +15,18 @@ from gpu_points import Point
 from timing import Quantiles
 
 TORCH = "torch.nn"
+SAME = ("device", "sources", "torch")
+"""Rows that agree in these are of one series: a run goes on with it, and a table is made of it."""
 
 
 @dataclass(frozen=True)
 class GpuProvenance(results.Provenance):
-    """Where and on what the rows of a GPU were measured."""
+    """Where and on what the rows of a GPU were measured. Rows of the same ``sources`` belong
+    together; the commit tells people which those were."""
 
     cudnn: str
     driver: str
+    sources: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def statistics_of(point: Point, name: str, samples: dict[str, list[float]]) -> d
 
 
 def provenance(fused_rnn: ModuleType, device: str) -> GpuProvenance:
-    here = asdict(results.provenance(fused_rnn)) | {"commit": results.code_identity()}
+    here = asdict(results.provenance(fused_rnn)) | {"sources": results.source_hash()}
     if device == "cuda":
         here["device"] = torch.cuda.get_device_name()
     cudnn = str(torch.backends.cudnn.version() or "none")
@@ -135,8 +139,7 @@ def lines(path: Path) -> list[dict[str, str]]:
 
 def read(path: Path, origin: GpuProvenance) -> list[GpuRow]:
     """The rows that this code measured on this device before."""
-    same = ("device", "commit", "torch")
-    here = [x for x in lines(path) if all(x[k] == getattr(origin, k) for k in same)]
+    here = [x for x in lines(path) if all(x[k] == getattr(origin, k) for k in SAME)]
     return [GpuRow.parse(line) for line in here]
 
 

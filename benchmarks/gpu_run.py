@@ -25,6 +25,11 @@ GRACE_S = 8.0
 """Seconds that a command has to write down what it knows, after it was interrupted."""
 STATE, LOG = "gpu-check.json", "gpu-check.log"
 LOG_BYTES = 4 << 20
+HANGS_ON = {
+    "test": ("tests", "fused_rnn/backends/tuning.csv"),
+    "sanitize": ("benchmarks/gpu_sanitize.py", "benchmarks/micro/planted_errors.cu"),
+}
+"""What a piece's findings hang on, beside the sources of the library."""
 
 
 class Finished(NamedTuple):
@@ -52,7 +57,8 @@ class Outcome(NamedTuple):
 @dataclass
 class Check:
     """What the pieces share. ``state`` is what ``gpu-check.json`` holds, by piece; a piece keeps
-    its own findings in ``found``, which start empty when the code is not what it was."""
+    its own findings in ``found``, which start empty when the sources are not what they were. The
+    commit is only told: it changes when results are committed."""
 
     folder: Path
     device: dict[str, Any]
@@ -71,11 +77,11 @@ class Check:
         say(f"== {piece}")
         start = time.monotonic()
         self.deadline = start + limit
-        before = self.state.get(piece, {})
-        same = all(before.get(k) == v for k, v in self.stamp.items())
+        before, stamp = self.state.get(piece, {}), self.stamp(piece)
+        same = all(before.get(k) == v for k, v in stamp.items())
         self.found = before.get("found", {}) if same else {}
         over = {"status": "cut", "sentence": "it was ended from outside", "date": now()}
-        self.state[piece] = {**self.stamp, **over, "found": self.found}
+        self.state[piece] = {**stamp, "commit": self.commit, **over, "found": self.found}
         try:
             outcome = work(self)
         except Exception as error:  # the other pieces' results are worth having all the same
@@ -91,9 +97,9 @@ class Check:
         say(f"== {piece}: {outcome.status}, {outcome.sentence}")
         return outcome.status == "passed"
 
-    @property
-    def stamp(self) -> dict[str, Any]:
-        return {"commit": self.commit, "device": self.device}
+    def stamp(self, piece: str) -> dict[str, Any]:
+        sources = results.source_hash(*HANGS_ON.get(piece, ()))
+        return {"sources": sources, "device": self.device}
 
     def save(self) -> None:
         """Writes down what is known so far, and the summary of it."""

@@ -35,7 +35,7 @@ def summary(folder: Path) -> str:
     parts = [
         f"# GPU check: {device}",
         "Made by `make gpu-check` from the files beside it. What no file holds is "
-        f"{MISSING}; rows of other commits than the newest are left out.",
+        f"{MISSING}; rows of other sources than the newest are left out.",
         *pieces(state),
         *build(state),
         *tests(state),
@@ -70,8 +70,14 @@ def build(state: dict[str, Any]) -> Iterator[str]:
 
 
 def tests(state: dict[str, Any]) -> Iterator[str]:
-    files = state.get("test", {}).get("found", {}).get("files", {})
+    found = state.get("test", {}).get("found", {})
+    files = found.get("files", {})
     yield "## Tests"
+    if found.get("left_to_ci"):
+        yield (
+            "Left out here, being about the CPU or the tooling alone: CI runs "
+            f"{', '.join(found['left_to_ci'])}."
+        )
     if not files:
         yield f"Results on this device: {MISSING}."
         return
@@ -90,11 +96,12 @@ def tests(state: dict[str, Any]) -> Iterator[str]:
 def sanitizer(state: dict[str, Any]) -> Iterator[str]:
     tools = state.get("sanitize", {}).get("found", {}).get("tools", {})
     yield "## compute-sanitizer"
-    yield "Each tool must first find an error that was planted for it."
+    yield "Each tool must find an error that was planted for it, and none in the ops."
     yield table(
-        "| tool | | |",
+        "| tool | | every op | planted error |",
         [
-            f"| {tool} | {found.get('status', MISSING)} | {found.get('said', '')} |"
+            f"| {tool} | {found.get('status', MISSING)} | {found.get('said', '')} "
+            f"| {found.get('planted', '')} |"
             for tool in ("memcheck", "racecheck", "synccheck")
             for found in [tools.get(tool, {})]
         ],
@@ -138,13 +145,12 @@ def place(row: dict[str, str]) -> tuple[str, ...]:
 
 
 def read_grid(path: Path) -> tuple[list[GpuRow], dict[str, str]]:
-    """The rows of the newest commit, and the last line's provenance."""
+    """The rows of the newest sources, and the last line's provenance."""
     lines = gpu_rows.lines(path)
     if not lines:
         return [], {}
     last = lines[-1]
-    same = ("commit", "device", "torch")
-    lines = [line for line in lines if all(line[k] == last[k] for k in same)]
+    lines = [line for line in lines if all(line[k] == last[k] for k in gpu_rows.SAME)]
     return [GpuRow.parse(line) for line in lines], last
 
 

@@ -23,6 +23,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
+SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
 
 
 @dataclass(frozen=True)
@@ -192,29 +193,36 @@ def cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def code_identity() -> str:
-    """Tells the code that was measured from any other: the commit, and behind it, where there are
-    changes or no checkout at all, the first digits of the sources' sha256. ``FUSED_RNN_COMMIT``
-    names the commit of a copy without its history."""
-    commit = os.environ.get("FUSED_RNN_COMMIT") or git_commit()
-    if re.fullmatch(r"[0-9a-f]{7,40}", commit):
-        return commit
+def source_hash(*more: str) -> str:
+    """First digits of the sha256 of the code that a result hangs on: setup.py, csrc, fused_rnn and
+    ``more`` files or folders. Unlike a commit, it stays the same when results are committed, and a
+    copy without git has it too. Without ``tuning.csv``, which is made of results."""
     house = ROOT.parent
-    sources = [house / "setup.py", *house.glob("csrc/**/*.*"), *house.glob("fused_rnn/**/*.py")]
+    files: set[Path] = set()
+    for path in (house / name for name in ("setup.py", "csrc", "fused_rnn", *more)):
+        below = (p for p in path.rglob("*") if p.suffix in SOURCES)
+        files.update(below if path.is_dir() else [path])
     digest = hashlib.sha256()
-    for path in sorted([*sources, *ROOT.glob("*.py"), *ROOT.glob("*.toml")]):
-        digest.update(path.read_bytes())
-    return f"{commit}-{digest.hexdigest()[:8]}"
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(house).as_posix()}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
 
 
 def git_commit() -> str:
     """The commit of the tree that is measured, with ``+dirty`` if it holds other changes than
-    results; ``unknown`` outside a checkout."""
+    results; ``unknown`` outside a checkout and without git. ``FUSED_RNN_COMMIT`` names the commit
+    of a copy without its history."""
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        try:
+            run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        except OSError:  # there is no git
+            return ""
         return run.stdout.strip() if run.returncode == 0 else ""
 
+    if os.environ.get("FUSED_RNN_COMMIT"):
+        return os.environ["FUSED_RNN_COMMIT"]
     commit = git("rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"

@@ -44,9 +44,9 @@ def rows(lines: Iterable[dict[str, str]], source: str) -> Iterator[Row]:
 
 
 def newest(lines: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The lines of the commit that was measured last."""
-    last = max(lines, key=lambda line: line["date"], default={"commit": ""})
-    return [line for line in lines if line["commit"] == last["commit"]]
+    """The lines of the sources that were measured last."""
+    last = max(lines, key=lambda line: line["date"], default={"sources": ""})
+    return [line for line in lines if line["sources"] == last["sources"]]
 
 
 def write(path: Path, table: Iterable[Row]) -> None:

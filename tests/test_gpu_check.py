@@ -3,13 +3,14 @@ and the programs that it compiles."""
 
 import csv
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numerics
 import pytest
@@ -26,20 +27,40 @@ from gpu_run import Check, Finished, Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"device": "Some GPU", "capability": [9, 0], "torch": "2.11.0", "cuda": "13.0"}
-NVCC = os.environ.get("NVCC") or shutil.which("nvcc")
+NVCC = gpu_pieces.find_tool("nvcc")
 ARCHITECTURES = ("75", "80", "90", "100", "120") if numerics.FULL else ("90",)
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler, on PATH")
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", ["sync_latency", "planted_errors"])
 def test_the_microbenchmarks_compile(name, arch, tmp_path):
-    source = ROOT / "benchmarks" / "micro" / f"{name}.cu"
-    code = ("-gencode", f"arch=compute_{arch},code=sm_{arch}")
-    command = [NVCC, "-std=c++17", "-I", ROOT / "csrc", *code, source, "-o", tmp_path / name]
+    command = gpu_pieces.compile_command(NVCC, name, arch, tmp_path / name)
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "warning" not in result.stderr, result.stderr
+
+
+def test_tools_are_found_as_setup_finds_nvcc_and_beside_it(tmp_path, monkeypatch):
+    """pip's: nvidia/cu13/bin in site-packages, neither on PATH nor in CUDA_HOME."""
+    for name in ("NVCC", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    folder = tmp_path / "nvidia" / "cu99" / "bin"
+    folder.mkdir(parents=True)
+    tools = [str(script(folder / name, "")) for name in ("nvcc", "compute-sanitizer")]
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name: SimpleNamespace(submodule_search_locations=[tmp_path / name]),
+    )
+    assert [gpu_pieces.find_tool(Path(tool).name) for tool in tools] == tools
+    home = tmp_path / "home" / "bin"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("CUDA_HOME", str(home.parent))
+    tools = [str(script(home / name, "")) for name in ("nvcc", "compute-sanitizer")]
+    assert [gpu_pieces.find_tool(Path(tool).name) for tool in tools] == tools
+    monkeypatch.setenv("NVCC", "/named/nvcc")
+    assert gpu_pieces.find_tool("nvcc") == "/named/nvcc"
 
 
 def check(folder, *, commit="0123456789ab", argv=(), device=GPU):
@@ -83,6 +104,15 @@ def test_all_pieces_run_in_order_and_one_failure_fails_all(tmp_path, capsys):
     assert f"| test | failed | exit status 7 | {date} | {found['test']['commit']} |" in summary
     assert "heard" in (tmp_path / "some-gpu" / "gpu-check.log").read_text()
     assert go(tmp_path, {"build": passing, "bench": passing}) == 0
+
+
+def test_without_git_the_commit_is_unknown_unless_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for named in ("", "fedcba987654"):
+        monkeypatch.setenv("FUSED_RNN_COMMIT", named)
+        assert go(tmp_path, {"build": passing}) == 0
+        assert state(tmp_path)["build"]["commit"].startswith(named or "unknown")
+        assert results.git_commit() == (named or "unknown")
 
 
 def test_one_piece_by_name_leaves_the_others_as_they_were(tmp_path, capsys):
@@ -156,17 +186,62 @@ def test_an_interrupt_ends_what_runs_and_what_was_found_is_kept(tmp_path, stubbo
     assert state(tmp_path)["test"]["found"]["files"]["test_a.py"]["status"] == "passed"
 
 
-def test_a_piece_goes_on_with_what_it_found_unless_the_code_is_another(tmp_path):
-    def counting(check):
-        check.found["runs"] = check.found.get("runs", 0) + 1
-        return Outcome("passed", "counted")
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A checkout with a file of each kind that counts or does not."""
+    root = tmp_path / "house"
+    for name in (
+        *("setup.py", "csrc/cuda/a.cuh", "csrc/__pycache__/a.pyc", "fused_rnn/a.py"),
+        *("fused_rnn/a.so", "fused_rnn/backends/tuning.csv", "tests/test_a.py"),
+        *("benchmarks/gpu_sanitize.py", "benchmarks/micro/planted_errors.cu"),
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("1")
+    monkeypatch.setattr(results, "ROOT", root / "benchmarks")
+    return root
 
-    for commit, runs in (("a", 1), ("a", 2), ("b", 1)):
-        now = check(tmp_path, commit=commit)
-        if (now.folder / "gpu-check.json").exists():
-            now.state = state(tmp_path)
-        assert now.run("test", counting)
-        assert state(tmp_path)["test"]["found"]["runs"] == runs
+
+def counting(check):
+    check.found["runs"] = check.found.get("runs", 0) + 1
+    return Outcome("passed", "counted")
+
+
+def runs(folder, piece, commit="a"):
+    now = check(folder, commit=commit)
+    if (now.folder / "gpu-check.json").exists():
+        now.state = state(folder)
+    assert now.run(piece, counting)
+    assert state(folder)[piece]["commit"] == commit
+    return state(folder)[piece]["found"]["runs"]
+
+
+def test_a_piece_goes_on_with_what_it_found_also_when_results_were_committed(house, tmp_path):
+    (house / "benchmarks" / "results").mkdir()
+    for count, commit in enumerate(("a", "a", "b"), 1):
+        (house / "benchmarks" / "results" / "grid.csv").write_text(commit)
+        (house / "fused_rnn" / "a.so").write_text(commit)
+        (house / "csrc" / "__pycache__" / "a.pyc").write_text(commit)
+        for piece in ("build", "test"):
+            assert runs(tmp_path, piece, commit) == count
+
+
+@pytest.mark.parametrize(
+    ("changed", "again"),
+    [
+        ("setup.py", {"build", "test", "sanitize"}),
+        ("csrc/cuda/a.cuh", {"build", "test", "sanitize"}),
+        ("fused_rnn/a.py", {"build", "test", "sanitize"}),
+        ("fused_rnn/backends/tuning.csv", {"test"}),
+        ("tests/test_a.py", {"test"}),
+        ("benchmarks/gpu_sanitize.py", {"sanitize"}),
+        ("benchmarks/micro/planted_errors.cu", {"sanitize"}),
+    ],
+)
+def test_a_piece_begins_anew_when_what_it_hangs_on_has_changed(changed, again, house, tmp_path):
+    pieces = ("build", "test", "sanitize")
+    assert [runs(tmp_path, piece) for piece in pieces] == [1, 1, 1]
+    (house / changed).write_text("2")
+    assert {piece for piece in pieces if runs(tmp_path, piece) == 1} == again
 
 
 def test_a_piece_that_raises_has_failed(tmp_path):
@@ -302,6 +377,35 @@ def test_tests_run_by_file_cuda_first_and_what_passed_is_not_run_again(tmp_path,
     assert now.state["test"]["sentence"] == "4 tests in 4 of 4 files, 1 skipped"
 
 
+def test_gpu_tests_run_first_and_those_of_the_cpu_and_the_tooling_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
+    expected = ["gpu", "gpu_memory", "cuda_stepwise", "describe", "cuda", "modules", "any_size"]
+    expected += ["another"]
+    (tmp_path / "tests").mkdir()
+    for name in (*expected, "emulator", "threads", "gpu_check"):
+        (tmp_path / "tests" / f"test_{name}.py").touch()
+    now = Answers(tmp_path / "some-gpu", ("pytest", 5, ""))
+    now.options.pytest = "-k mine"
+    outcome = gpu_pieces.test(now)
+    asked = [text.split(" tests/test_") for text, _ in now.asked]
+    assert [name for _, name in asked] == [f"{name}.py" for name in expected]
+    assert all(text.endswith("-k mine") for text, _ in asked)
+    assert ["-k gpu" in text for text, _ in asked] == [name == "cuda_stepwise" for name in expected]
+    assert "8 of 8 files" in outcome.sentence
+    assert outcome.sentence.endswith("3 files about the CPU or the tooling alone are left to CI")
+    now.state = {"test": {"found": now.found}}
+    now.save()
+    text = (tmp_path / "some-gpu" / "summary.md").read_text()
+    assert "CI runs test_emulator.py, test_gpu_check.py, test_threads.py." in text
+
+
+def test_every_file_of_tests_has_its_place_on_a_machine_with_a_gpu():
+    there = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    assert there <= gpu_pieces.TESTS.keys() | gpu_pieces.LEFT_TO_CI
+    assert gpu_pieces.TESTS.keys().isdisjoint(gpu_pieces.LEFT_TO_CI)
+    assert there >= gpu_pieces.LEFT_TO_CI
+
+
 def test_tests_that_are_cut_are_counted_and_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
@@ -338,7 +442,11 @@ def test_sanitize_passes_where_every_tool_finds_the_planted_error_and_no_other(t
     assert gpu_pieces.sanitize(now).status == "passed"
     assert [*now.found["tools"]] == ["memcheck", "racecheck", "synccheck"]
     said = "168 calls made, forward; ERROR SUMMARY: 0 errors"
-    assert now.found["tools"]["racecheck"] == {"status": "passed", "said": said}
+    assert now.found["tools"]["racecheck"] == {
+        "status": "passed",
+        "planted": "found",
+        "said": said,
+    }
     watched = [env for text, env in now.asked if "gpu_sanitize.py" in text]
     assert watched == [{"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}] * 3
     before = len(now.asked)
@@ -352,13 +460,70 @@ def test_sanitize_passes_where_every_tool_finds_the_planted_error_and_no_other(t
         ((FINDS, ("gpu_sanitize.py", 9, "168 calls made\nERROR SUMMARY: 3 errors\n")), "3 errors"),
         ((FINDS, ("gpu_sanitize.py", 1, "Traceback\n")), "exit status 1"),
         ((FINDS, ("gpu_sanitize.py", 0, "ERROR SUMMARY: 0 errors\n")), "0 errors"),
-        ((("planted_errors", 0, ""), CLEAN), "did not find the planted error"),
     ],
 )
-def test_sanitize_fails_on_errors_and_on_a_tool_that_sees_none(answers, said, tools, tmp_path):
+def test_sanitize_fails_on_errors(answers, said, tools, tmp_path):
     now = Answers(tmp_path, NVCC_RUNS, *answers)
     assert gpu_pieces.sanitize(now).status == "failed"
     assert said in now.found["tools"]["memcheck"]["said"]
+
+
+@pytest.mark.parametrize("control", [(0, ""), (None, "")])
+@pytest.mark.parametrize(
+    ("ops", "said"),
+    [
+        (CLEAN, "168 calls made, forward; ERROR SUMMARY: 0 errors"),
+        (("gpu_sanitize.py", 9, "ERROR SUMMARY: 3 errors\n"), "ERROR SUMMARY: 3 errors"),
+        (("gpu_sanitize.py", None, ""), "cut by the time limit"),
+    ],
+)
+def test_sanitize_fails_where_a_tool_sees_no_planted_error_and_runs_the_ops_all_the_same(
+    control, ops, said, tools, tmp_path
+):
+    options = f"synccheck --kernel-name {gpu_pieces.KERNELS} --error-exitcode 9"
+    blind, ops = (
+        (f"{options} {gpu_pieces.BUILT}", *control),
+        (f"{options} {sys.executable}", *ops[1:]),
+    )
+    now = Answers(tmp_path, NVCC_RUNS, ops, blind, FINDS, CLEAN)
+    found = gpu_pieces.sanitize(now)
+    assert found.status == "failed"
+    assert "synccheck failed (did not find the planted error)" in found.sentence
+    assert "memcheck passed, racecheck passed" in found.sentence
+    synccheck = now.found["tools"]["synccheck"]
+    assert synccheck["said"] == said
+    assert synccheck["planted"] == f"not found ({Finished(*control).how})"
+    now.state = {"sanitize": {"found": now.found}}
+    now.save()
+    assert f"| synccheck | failed | {said} | not found" in (tmp_path / "summary.md").read_text()
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc, CUDA's compiler")
+def test_who_is_not_at_the_planted_barrier_lives_on(tmp_path):
+    """In the PTX: every way to the kernel's end leads over the barrier or over a wait."""
+    command = [*gpu_pieces.compile_command(NVCC, "planted_errors", "90", tmp_path / "ptx"), "-ptx"]
+    subprocess.run(command, check=True)
+    kernel = re.split(r"^\.visible \.entry ", (tmp_path / "ptx").read_text(), flags=re.MULTILINE)
+    (body,) = [text for text in kernel if "half_a_block" in text[:80]]
+    lines = [line.strip() for line in body[body.index("{") :].splitlines()]
+    labels = {line.rstrip(":"): i for i, line in enumerate(lines) if line.endswith(":")}
+    ways, seen, over = [0], set(), set()
+    while ways:
+        at = ways.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        line = lines[at]
+        assert not re.match(r"ret|exit|}", line), "the end is reached with neither"
+        if line.startswith(("bar.sync", "barrier.sync", "nanosleep")):
+            over.add(line.split(".")[0])
+            continue
+        jump = re.match(r"(@\S+\s+)?bra(?:\.uni)?\s+(\S+);", line)
+        if jump:
+            ways.append(labels[jump[2]])
+        if not jump or jump[1]:
+            ways.append(at + 1)
+    assert len(over) == 2
 
 
 def test_missing_tools_are_said(tmp_path, monkeypatch):

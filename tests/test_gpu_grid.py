@@ -34,6 +34,7 @@ ORIGIN = gpu_rows.GpuProvenance(
     command="python benchmarks/gpu_grid.py",
     cudnn="91900",
     driver="580.1",
+    sources="0a1b2c3d4e5f",
 )
 POINTS = gpu_points.points()
 TINY = gpu_points.points(tiny=True)
@@ -146,7 +147,10 @@ def test_a_second_run_goes_on_where_the_first_stopped(tmp_path, capsys):
     assert len(rows) == 4
     run(tmp_path, points)
     assert "2 of 2 points measured, 0 of them now" in capsys.readouterr().out
-    for change in ({"commit": "other"}, {"device": "other"}):
+    # Results were committed: the same code.
+    run(tmp_path, points, origin=replace(ORIGIN, commit="other"))
+    assert "2 of 2 points measured, 0 of them now" in capsys.readouterr().out
+    for change in ({"sources": "other"}, {"device": "other"}):
         run(tmp_path, points[:1], origin=replace(ORIGIN, **change))
         assert "1 of 1 points measured, 1 of them now" in capsys.readouterr().out
 
@@ -159,7 +163,7 @@ def test_a_line_that_was_cut_is_measured_again(tmp_path):
     _, rows = run(tmp_path, [LSTM])
     assert [row.provider for row in rows] == [TORCH, TORCH, "ours"]
     with path.open(newline="") as file:
-        assert all(len(line) == len(rows[0].__dict__) + 10 for line in csv.reader(file))
+        assert all(len(line) == len(rows[0].__dict__) + 11 for line in csv.reader(file))
 
 
 def test_a_file_with_other_columns_is_not_appended_to(tmp_path):
@@ -357,25 +361,14 @@ def test_the_command_runs_without_a_gpu_on_tiny_sizes(tmp_path, capsys, monkeypa
     ]
     assert lines[1]["backend"] == "reference"
     assert lines[1]["algorithm"]
-    assert lines[0]["commit"] == results.code_identity()
+    assert lines[0]["commit"] == results.git_commit()
+    assert lines[0]["sources"] == results.source_hash()
 
 
 def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_grid.main([]) == 2
     assert "sees no GPU" in capsys.readouterr().out
-
-
-def test_code_without_a_commit_is_known_by_its_sources(monkeypatch):
-    monkeypatch.delenv("FUSED_RNN_COMMIT", raising=False)
-    monkeypatch.setattr(results, "git_commit", lambda: "0123456789ab")
-    assert results.code_identity() == "0123456789ab"
-    monkeypatch.setattr(results, "git_commit", lambda: "unknown")
-    found = results.code_identity()
-    assert found.startswith("unknown-")
-    assert found == results.code_identity()
-    monkeypatch.setenv("FUSED_RNN_COMMIT", "fedcba987654")
-    assert results.code_identity() == "fedcba987654"
 
 
 def row(provider, ratio=None, *, p50=1.0, point=LSTM, **more):
@@ -404,7 +397,7 @@ def test_the_summary_tells_means_losses_and_anchors(tmp_path):
         *(row(TORCH, 1.0, p50=3.0, point=other), row("cuda", 0.25, p50=12.0, point=other)),
         row("cuda", p50=None, status="out of memory", point=POINTS[1]),
     ]
-    old = replace(ORIGIN, commit="old")
+    old = replace(ORIGIN, sources="old")
     with results.Writer(tmp_path / "grid.csv", old, GpuRow) as writer:
         writer.write(row("cuda", 99.0))
     with results.Writer(tmp_path / "grid.csv", ORIGIN, GpuRow, append=True) as writer:

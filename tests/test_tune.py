@@ -92,14 +92,15 @@ def test_what_says_nothing_of_ours_leaves_no_row(changed, tmp_path, table, capsy
 
 
 def test_a_gpus_rows_replace_its_older_ones_and_no_others(tmp_path, table):
-    older = replace(ORIGIN, commit="older", date="2025-01-02T03:04:05+00:00")
+    older = replace(ORIGIN, sources="older", date="2025-01-02T03:04:05+00:00")
     file_of(tmp_path, measured(POINTS["fp16"], ratio=9.0), origin=older)
-    file_of(tmp_path, measured(POINTS["bf16"]))
+    file_of(tmp_path, measured(POINTS["bf16"]), origin=replace(ORIGIN, commit="earlier"))
+    file_of(tmp_path, measured(POINTS["tf32"]))
     for _ in range(2):
         assert tune.main([str(tmp_path), "--table", str(table)]) == 0
-        assert [row.key.dtype for row in read(table)] == ["bfloat16"]
+        assert [row.key.dtype for row in read(table)] == ["bfloat16", "float32"]
     other = tmp_path / "other"
     other.mkdir()
     file_of(other, measured(POINTS["fp32"]), origin=replace(ORIGIN, device="Other GPU"))
     assert tune.main([str(other), "--table", str(table)]) == 0
-    assert sorted(row.key.device for row in read(table)) == ["Other GPU", "Some GPU"]
+    assert sorted(row.key.device for row in read(table)) == ["Other GPU", "Some GPU", "Some GPU"]

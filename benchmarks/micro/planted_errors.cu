@@ -8,7 +8,8 @@
 
 namespace fused_rnn {
 
-constexpr int kThreads = 64;
+constexpr int kThreads = 96;
+constexpr long long kAWhile = 1 << 22;  // clock cycles: some milliseconds
 
 __global__ void past_the_end(int* memory) { memory[threadIdx.x + 1] = 1; }
 
@@ -18,10 +19,19 @@ __global__ void without_barrier(int* memory) {
   memory[threadIdx.x] = shared[(threadIdx.x + 32) % kThreads];
 }
 
-__global__ void half_a_warp_at_a_barrier(int* memory) {
-  if (threadIdx.x < 48) {
+// One warp and a half at the barrier. An exited thread is not waited for, so the others must live
+// on meanwhile. They exit in the end, by themselves: what reconverges with threads at a barrier
+// that it does not reach waits for ever.
+__global__ void half_a_block_at_a_barrier(int* memory) {
+  if (threadIdx.x < kThreads / 2) {
     memory[threadIdx.x] = 1;
     __syncthreads();
+  } else {
+    const long long start = clock64();
+    do __nanosleep(1000);
+    while (clock64() - start < kAWhile);
+    memory[threadIdx.x] = 2;
+    asm volatile("exit;");
   }
 }
 
@@ -40,7 +50,7 @@ int main(int argc, char** argv) {
   } else if (!std::strcmp(tool, "racecheck")) {
     launch(fused_rnn::without_barrier);
   } else if (!std::strcmp(tool, "synccheck")) {
-    launch(fused_rnn::half_a_warp_at_a_barrier);
+    launch(fused_rnn::half_a_block_at_a_barrier);
   } else {
     std::fprintf(stderr, "planted_errors: memcheck, racecheck or synccheck\n");
     return 2;
