@@ -67,8 +67,7 @@ class CudaMachine {
   CudaMachine(const Tensor& like, bool tf32)
       : like_(like), tf32_(tf32), guard_(like.get_device_index()) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
