@@ -276,15 +276,16 @@ class Bench:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Both of torch's flags: cuDNN heeds one, matrix products the other."""
-    flags = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [flag.allow_tf32 for flag in flags]
-    try:
-        for flag in flags:
-            flag.allow_tf32 = allowed
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    before = matmul.allow_tf32
+    # As a context: plain assignment is refused once torch's own test helpers are imported.
+    with cudnn.flags(**kept, allow_tf32=allowed):
+        try:
+            matmul.allow_tf32 = allowed
+            yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 def wall_clock(call: Callable[[], object]) -> float:

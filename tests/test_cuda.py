@@ -245,10 +245,6 @@ def test_tf32_follows_torchs_flag(compiled, tf32_flag):
 
 
 def test_tf32_follows_the_older_flag_too():
-    before = torch.backends.cudnn.allow_tf32
-    try:
-        for allowed in (False, True):
-            torch.backends.cudnn.allow_tf32 = allowed
+    for allowed in (False, True):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
             assert cudnn.allows_tf32() == allowed
-    finally:
-        torch.backends.cudnn.allow_tf32 = before

@@ -1,6 +1,7 @@
 """The cluster algorithm's forward: from the kernel's own source on the emulator, and where there is
 a GPU of sm_90 and the library, on that. Its backward is stepwise, which reads what it saved."""
 
+import numerics
 import pytest
 import torch
 from emulator import build
@@ -80,7 +81,7 @@ def emulated(layer):
     return autograd.ops
 
 
-@pytest.mark.parametrize(("size", "H"), SIZES)
+@pytest.mark.parametrize(("size", "H"), SIZES if numerics.FULL else SIZES[1::3])
 @pytest.mark.parametrize("cell", CELLS)
 def test_tf32_is_as_far_from_float64_as_stepwise(cell, size, H, emulated):
     team(size)
@@ -114,10 +115,9 @@ def test_results_are_bit_equal_under_every_schedule(cell, layer):
 
 def test_an_input_made_in_chunks_is_a_launch_each(layer):
     """8,192 rows at a time, here of 4,100: the states are carried from launch to launch."""
-    team(2)
-    for reverse in (False, True):
-        case = {"cell": "gru", "shape": (5, 4100, 9), "product": True, "reverse": reverse}
-        check(layer, make_problem(dtype=torch.bfloat16, **case))
+    team(1)
+    case = {"cell": "gru", "shape": (5, 4100, 3), "product": True, "reverse": True}
+    check(layer, make_problem(dtype=torch.bfloat16, **case))
 
 
 def asked(problem, ops, *, algorithm=CLUSTER, tf32=False):
