@@ -109,4 +109,83 @@ struct ClusterShared {
   }
 };
 
+// ---- Backward: a block multiplies the gate gradients of its units by its rows of W_hh, and every
+// peer gets the partial sums of that peer's units.
+
+// What is fixed when a kernel is compiled: a warp multiplies `m_tiles` times 16 units, of all, by
+// the block's gates, for `tiles` times 8 rows of the batch.
+struct BackwardShape {
+  static constexpr int kUnits = 16;
+
+  int gates, states, saved;  // of the cell
+  int element;               // bytes of an element of W_hh
+  int m_tiles, tiles;
+
+  FUSED_RNN_FN constexpr int columns() const { return 8 * tiles; }
+  FUSED_RNN_FN constexpr int depth() const { return 32 / element; }  // of a tile, along K
+  FUSED_RNN_FN constexpr int chunk() const { return 16 / element; }
+  // Registers of a thread beside the weights: the sums and where they go; for 2 units of 2 rows the
+  // states' gradients, what is fetched and the gates' gradients; and the rest as compiled for
+  // sm_90.
+  FUSED_RNN_FN constexpr int other_registers() const {
+    return m_tiles * (4 * tiles + 1) + 4 * states +
+           element * (saved + 1 + 3 * states + gates + (gates == 3)) + 76;
+  }
+  // Tiles of K whose weights a warp keeps in registers; even, as tiles are multiplied in pairs.
+  FUSED_RNN_FN constexpr int held() const {
+    return (kMostRegisters - other_registers()) / (8 * m_tiles) * 2;
+  }
+};
+
+struct BackwardCut {
+  int team;       // CTAs of a cluster
+  int own_tiles;  // of 16 units, of the CTA with most
+  int k_tiles;    // of the gates of these units, even
+  int warps;
+};
+
+// With m_tiles of 0, no kernel is compiled for so many units.
+constexpr BackwardShape backward_shape(int gates, int states, int saved, int element, int64_t H,
+                                       int64_t batch_tile) {
+  const int64_t of_warp = (H + 16 * kClusterWarps - 1) / (16 * kClusterWarps);
+  const int tiles = int(batch_tile / 8), most = tiles == 1 ? 6 : 4;
+  const int m_tiles = of_warp <= 2 ? 2 : of_warp <= 4 ? 4 : 6;
+  const bool compiled = of_warp <= most && tiles <= 2;
+  return {gates, states, saved, element, compiled ? m_tiles : 0, tiles};
+}
+
+// The warps are those that multiply or those that own units, whichever are more.
+constexpr BackwardCut backward_cut(BackwardShape shape, int64_t H, int64_t team) {
+  BackwardCut cut{};
+  cut.team = int(team);
+  const int units = shape.kUnits;
+  cut.own_tiles = int((most_units(H, units, team) + units - 1) / units);
+  cut.k_tiles =
+      (cut.own_tiles * units * shape.gates + 2 * shape.depth() - 1) / (2 * shape.depth()) * 2;
+  const int multiply = int((H + units * shape.m_tiles - 1) / (units * shape.m_tiles));
+  const int own = cut.own_tiles * shape.tiles;
+  cut.warps = multiply > own ? multiply : own;
+  return cut;
+}
+
+struct BackwardShared {
+  int64_t stride;   // elements from row to row of the operand
+  int64_t weights;  // those that registers do not hold
+  int64_t sums;     // that arrive
+  int64_t barriers, bytes;
+
+  FUSED_RNN_FN constexpr BackwardShared(BackwardShape shape, BackwardCut cut)
+      // 16 bytes more than a multiple of 32: ldmatrix finds 8 rows in different banks.
+      : stride(int64_t(cut.k_tiles) * shape.depth() + shape.chunk()),
+        weights(2 * shape.columns() * stride * shape.element),
+        sums(weights + weight_bytes(shape, cut.warps, cut.k_tiles)),
+        barriers(sums + int64_t(2) * cut.team * cut.own_tiles * shape.tiles * 32 * 16),
+        bytes(barriers + 2 * 8) {}
+
+  FUSED_RNN_FN static constexpr int64_t weight_bytes(BackwardShape shape, int warps, int k_tiles) {
+    const int left = k_tiles > shape.held() ? k_tiles - shape.held() : 0;
+    return int64_t(warps) * left * shape.m_tiles * 32 * 16;
+  }
+};
+
 }  // namespace fused_rnn

@@ -105,17 +105,17 @@ struct Planner {
     int64_t team, granule, batch_tile, active;
   };
   // W_hh's part on a CTA as a matrix of M by K: it sums over K. Forward it is the CTA's gates by
-  // all of h. Backward with one gate it is the CTA's units by all gate gradients; with more gates
-  // those would be the most to exchange, so a CTA multiplies its own gate gradients and partial
-  // sums of dh travel instead.
+  // all of h. Backward it is all units by the CTA's gates, whose gradients it has: partial sums of
+  // dh travel. The grid's with one gate is the CTA's units by all gate gradients, which travel.
   struct Product {
     int64_t M, K;
     bool reduces;
   };
 
   Plan lay_out(const Cut& cut) const;
-  void place_as_built(const Cut& cut, Plan* plan) const;
-  Product product(int64_t units) const;
+  void place_forward(const Cut& cut, Plan* plan) const;
+  void place_backward(const Cut& cut, Plan* plan) const;
+  Product product(const Cut& cut, int64_t units) const;
   void split_k(const Product& part, Plan* plan) const;
   void place_weights(Plan* plan) const;
   void place_rest(const Cut& cut, const Product& part, Plan* plan) const;
@@ -170,10 +170,10 @@ std::string Planner::cannot_persist(int capability, bool exact, bool masks) cons
   return "";
 }
 
-Planner::Product Planner::product(int64_t units) const {
+Planner::Product Planner::product(const Cut& cut, int64_t units) const {
   const int64_t G = cell.gates, H = problem.H;
   if (!problem.backward) return {G * units, R, false};
-  if (G == 1) return {units, G * H, false};
+  if (G == 1 && cut.algorithm == Algorithm::kGrid) return {units, G * H, false};
   return {R, G * units, true};
 }
 
@@ -269,8 +269,8 @@ void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
   plan->setup_us = kKernelUs + loads / kL2BytesPerCycle * us;
 }
 
-// The forward of `cluster` is built: cluster_layout.h says how.
-void Planner::place_as_built(const Cut& cut, Plan* plan) const {
+// `cluster` is built: cluster_layout.h says how.
+void Planner::place_forward(const Cut& cut, Plan* plan) const {
   const WarpShape shape = warp_shape(int(cell.gates), int(cell.states), int(cell.saved), int(bytes),
                                      problem.H, cut.team, cut.batch_tile);
   const ClusterCut warps = cluster_cut(shape, problem.H, cut.team);
@@ -283,6 +283,24 @@ void Planner::place_as_built(const Cut& cut, Plan* plan) const {
   plan->registers =
       shape.other_registers() + 4 * shape.m_tiles() * std::min(shape.held(), warps.part_tiles);
   plan->shared_bytes = ClusterShared(shape, warps.groups, warps.parts, warps.part_tiles).bytes;
+}
+
+void Planner::place_backward(const Cut& cut, Plan* plan) const {
+  const BackwardShape shape = backward_shape(int(cell.gates), int(cell.states), int(cell.saved),
+                                             int(bytes), problem.H, cut.batch_tile);
+  if (shape.m_tiles == 0) {  // more units than its kernels take: misfit says so
+    plan->threads = 2 * kThreads;
+    return;
+  }
+  const BackwardCut warps = backward_cut(shape, problem.H, cut.team);
+  const int64_t tile_bytes = 32 * 16;
+  plan->threads = 32 * warps.warps;
+  plan->weight_bytes = warps.warps * warps.k_tiles * shape.m_tiles * tile_bytes;
+  plan->shared_weight_bytes = BackwardShared::weight_bytes(shape, warps.warps, warps.k_tiles);
+  plan->register_bytes = plan->weight_bytes - plan->shared_weight_bytes;
+  plan->registers =
+      shape.other_registers() + 4 * shape.m_tiles * std::min(shape.held(), warps.k_tiles);
+  plan->shared_bytes = BackwardShared(shape, warps).bytes;
 }
 
 Plan Planner::lay_out(const Cut& cut) const {
@@ -301,9 +319,9 @@ Plan Planner::lay_out(const Cut& cut) const {
   for (int64_t i = 0; i < cut.team; ++i)
     plan.units = std::max(plan.units, plan.unit_bounds[i + 1] - plan.unit_bounds[i]);
   plan.rows = cell.gates * plan.units;
-  const Product part = product(plan.units);
-  if (cut.algorithm == Algorithm::kCluster && !problem.backward) {
-    place_as_built(cut, &plan);
+  const Product part = product(cut, plan.units);
+  if (cut.algorithm == Algorithm::kCluster) {
+    problem.backward ? place_backward(cut, &plan) : place_forward(cut, &plan);
   } else {
     plan.weight_bytes = round_up(part.M, kM) * round_up(part.K, 32 / bytes) * bytes;
     split_k(part, &plan);
@@ -315,6 +333,8 @@ Plan Planner::lay_out(const Cut& cut) const {
 }
 
 std::string Planner::misfit(const Plan& plan) const {
+  if (plan.threads > kThreads && problem.backward)
+    return std::to_string(problem.H) + " units are more than its warps take back";
   const std::string size = std::to_string(plan.team) +
                            (plan.team == 1 ? " CTA holds " : " CTAs each hold ") +
                            kilobytes(plan.weight_bytes) + " of W_hh";
@@ -345,18 +365,18 @@ std::string Planner::verdict(const Plan& best, const Plan& nearest) const {
 }
 
 std::string Planner::cluster(Plan* best) const {
-  const std::string reason = cannot_persist(80, false, !problem.backward);
+  const std::string reason = cannot_persist(80, false, true);
   if (!reason.empty()) return reason;
-  if (!problem.backward && registers_of_thread() < kMostRegisters)
+  if (registers_of_thread() < kMostRegisters)
     return "its kernels want 255 registers for each of 256 threads";
-  // New h goes to the peers in messages of 16 bytes: 8 units of half types, 4 of TF32.
-  const int64_t granule = 16 / bytes;
+  // New h goes to the peers in messages of 16 bytes: 8 units of half types, 4 of TF32. Sums of dh
+  // go in whole tiles.
+  const int64_t granule = problem.backward ? BackwardShape::kUnits : 16 / bytes;
   Plan nearest;
   for (int i = 0; i < (device.capability >= 90 ? kClusterSizes : 1); ++i) {
     const int64_t team = int64_t(1) << i;
     if (device.clusters[i] < 1 || ceil_div(problem.H, granule) < team) continue;
-    const int64_t most = problem.backward ? 64 : 16;
-    for (int64_t tile = 8; tile <= most && (tile == 8 || tile / 2 < problem.N); tile *= 2)
+    for (int64_t tile = 8; tile <= 16 && (tile == 8 || tile / 2 < problem.N); tile *= 2)
       consider({Algorithm::kCluster, team, granule, tile, device.clusters[i]}, best, &nearest);
   }
   return verdict(*best, nearest);

@@ -25,9 +25,8 @@ struct AlgorithmInfo {
 
 inline constexpr AlgorithmInfo kAlgorithms[] = {
     {"stepwise", true, true, true},  // a GEMM and a pointwise kernel a step: runs everything
-    {"cluster", true, false,
-     false},                        // a cluster of CTAs holds W_hh and runs a batch tile for all T
-    {"grid", false, false, false},  // all SMs hold W_hh together; h crosses L2
+    {"cluster", true, true, false},  // a cluster of CTAs holds W_hh and runs a batch tile for all T
+    {"grid", false, false, false},   // all SMs hold W_hh together; h crosses L2
 };
 
 // What the recurrent product is computed in.

@@ -1,12 +1,15 @@
 // The cluster algorithm for the dtype FUSED_RNN_SCALAR, which setup.py gives.
+#include "cuda/cluster_backward.cuh"
 #include "cuda/cluster_forward.cuh"
 #include "cuda/machine.cuh"
 
 namespace fused_rnn::cuda {
 
-#define FUSED_RNN_CLUSTER(Cell)                                                        \
-  template void forward_cluster<Cell, FUSED_RNN_SCALAR>(const ForwardArgs&, WarpShape, \
-                                                        const ClusterCut&, CudaMachine&);
+#define FUSED_RNN_CLUSTER(Cell)                                                              \
+  template void forward_cluster<Cell, FUSED_RNN_SCALAR>(const ForwardArgs&, WarpShape,       \
+                                                        const ClusterCut&, CudaMachine&);    \
+  template void backward_cluster<Cell, FUSED_RNN_SCALAR>(const BackwardArgs&, BackwardShape, \
+                                                         const BackwardCut&, CudaMachine&);
 FUSED_RNN_CLUSTER(RnnTanh)
 FUSED_RNN_CLUSTER(RnnRelu)
 FUSED_RNN_CLUSTER(Lstm)

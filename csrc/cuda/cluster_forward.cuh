@@ -16,6 +16,7 @@
 #include "../cluster_layout.h"
 #include "layer.cuh"
 #include "stepwise_forward.cuh"
+#include "weights.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -34,16 +35,6 @@ struct ClusterForward {
   A *h_n, *c_n;                     // the carried states, read before and written after
 };
 
-// What the tensor cores take of a T.
-template <class T>
-struct Multiplied {
-  using type = T;
-};
-template <>
-struct Multiplied<float> {
-  using type = tf32;
-};
-
 // A warp's view: who it is, its registers, and what it does in a step.
 template <class Cell, class T, int kBlocks, int kTiles>
 struct ClusterWarp {
@@ -58,13 +49,12 @@ struct ClusterWarp {
   const ClusterForward<T>& a;
   const ClusterShared place;
   T *operands, *staging;
-  char* weights;
   float* sums;
   Mbarrier* arrived;
   int part, group;
   int64_t row, unit, units_end;  // the first of the tile, of the warp; past the block's last
 
-  uint32_t held[kHeld][kM][4];
+  Weights<T, kM, kHeld> weights;
   A bias_x[kBlocks][kGates], bias_h[kBlocks][kGates];
   A gx[kBlocks][kTiles][2][kGates];
   A states[kBlocks][kTiles][2][Cell::kStates];
@@ -73,7 +63,6 @@ struct ClusterWarp {
       : a(args), place(kShape, args.cut.groups, args.cut.parts, args.cut.part_tiles) {
     char* const shared = shared_memory<char>();
     operands = reinterpret_cast<T*>(shared);
-    weights = shared + place.weights;
     sums = reinterpret_cast<float*>(shared + place.sums);
     staging = reinterpret_cast<T*>(shared + place.staging);
     arrived = reinterpret_cast<Mbarrier*>(shared + place.barriers);
@@ -111,52 +100,23 @@ struct ClusterWarp {
     }
   }
 
-  // The weights as the tensor cores take them: register i of a tile holds 4 bytes of row lane / 4,
-  // in the second half of the tile for odd i, at byte 4 (lane % 4) of K, and 16 further for i >= 2.
-  // What lies outside of W_hh is zero.
+  // Rows of a tile: half of it is 8 units at one gate. What lies outside of W_hh is zero.
   FUSED_RNN_DEVICE void load_weights() {
-    const int first = part * a.cut.part_tiles * kDepth + lane() % 4 * (4 / int(sizeof(T)));
+    const int first = part * a.cut.part_tiles * kDepth;
     const T* rows[2 * kM];
-    int left[2 * kM];  // elements of the row from there on
     FUSED_RNN_UNROLL
     for (int half = 0; half < 2 * kM; ++half) {
       const int64_t u = unit_of(half / kGates);
       const bool exists = half < kBlocks * kGates && u < units_end;
-      rows[half] = a.w_hh + (exists ? (half % kGates * a.H + u) * a.H + first : 0);
-      left[half] = exists ? int(a.H) - first : 0;
+      rows[half] = exists ? a.w_hh + (half % kGates * a.H + u) * a.H : nullptr;
     }
-    const auto fragment = [&](int tile, int m, int i) {
-      const T* const row = rows[2 * m + i % 2];
-      const int k = tile * kDepth + i / 2 * kChunk, more = left[2 * m + i % 2] - k;
-      if constexpr (sizeof(T) == 4)
-        return more > 0 ? to_tf32(load(row + k)) : 0;
-      else
-        return pack(more > 0 ? load(row + k) : from_float<T>(0),
-                    more > 1 ? load(row + k + 1) : from_float<T>(0));
-    };
-    FUSED_RNN_UNROLL
-    for (int tile = 0; tile < kHeld; ++tile) {
-      FUSED_RNN_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < 4; ++i)
-          held[tile][m][i] = tile < a.cut.part_tiles ? fragment(tile, m, i) : 0;
-      }
-    }
-    for (int tile = kHeld; tile < a.cut.part_tiles; ++tile) {
-      FUSED_RNN_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        Vector<uint32_t, 4> bits;
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < 4; ++i) bits[i] = fragment(tile, m, i);
-        store_vector(shared_weights(tile, m), bits);
-      }
-    }
-  }
-  FUSED_RNN_DEVICE uint32_t* shared_weights(int tile, int m) const {
-    const int left = a.cut.part_tiles - kHeld;
-    const int at = ((warp() * left + tile - kHeld) * kM + m) * 32 + lane();
-    return reinterpret_cast<uint32_t*>(weights) + at * 4;
+    char* const all = shared_memory<char>() + place.weights;
+    const int64_t of_warp = ClusterShared::weight_bytes(kShape, 1, a.cut.part_tiles);
+    weights.load(reinterpret_cast<uint32_t*>(all + warp() * of_warp), a.cut.part_tiles,
+                 [&](int m, int half, int k) {
+                   const T* const row = rows[2 * m + half];
+                   return row && first + k < a.H ? load(row + first + k) : from_float<T>(0);
+                 });
   }
 
   // Weights, states and the first operand are in place, mbarriers stand, and operands are zero
@@ -232,39 +192,9 @@ struct ClusterWarp {
     });
   }
 
-  // sum[m][tile] += the warp's rows of W_hh times the operand, over its part of K.
-  FUSED_RNN_DEVICE void multiply(const T* h, float (&sum)[kM][kTiles][4]) const {
-    // Lane i names row i % 8 of matrix i / 8: 8 rows of the batch, 16 bytes of K each.
-    const T* const rows =
-        h + lane() % 8 * place.stride + part * a.cut.part_tiles * kDepth + lane() / 8 * kChunk;
-    const auto two_tiles = [&](int tile, auto weight) {
-      FUSED_RNN_UNROLL
-      for (int t = 0; t < kTiles; ++t) {
-        uint32_t b[4];
-        load_matrix<4>(b, rows + 8 * t * place.stride + tile * kDepth);
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          const uint32_t of_tile[2] = {b[2 * i], b[2 * i + 1]};
-          FUSED_RNN_UNROLL
-          for (int m = 0; m < kM; ++m)
-            mma<typename Multiplied<T>::type>(sum[m][t], weight(i, m), of_tile);
-        }
-      }
-    };
-    FUSED_RNN_UNROLL
-    for (int tile = 0; tile < kHeld; tile += 2)
-      if (tile < a.cut.part_tiles)
-        two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return held[tile + i][m]; });
-    for (int tile = kHeld; tile < a.cut.part_tiles; tile += 2) {
-      uint32_t weight[2][kM][4];
-      FUSED_RNN_UNROLL
-      for (int i = 0; i < 2 * kM; ++i) {
-        const auto bits = load_vector<4>(shared_weights(tile + i / kM, i % kM));
-        FUSED_RNN_UNROLL
-        for (int k = 0; k < 4; ++k) weight[i / kM][i % kM][k] = bits[k];
-      }
-      two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return weight[i][m]; });
-    }
+  // The warp's rows of W_hh times the operand, over its part of K.
+  FUSED_RNN_DEVICE void multiply(int64_t step, float (&sum)[kM][kTiles][4]) const {
+    weights.multiply(operand(step) + part * a.cut.part_tiles * kDepth, place.stride, sum);
   }
 
   // The sums of all parts, in their order, in the warps of part 0; the others leave theirs there.
@@ -366,7 +296,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
   for (int64_t step = 0; step < a.count; ++step) {
     warp.wait(step);
     float sum[warp.kM][kTiles][4] = {};
-    warp.multiply(warp.operand(step), sum);
+    warp.multiply(step, sum);
     if (a.cut.parts > 1) warp.add_parts(sum);
     if (!updates) continue;
     typename ClusterForward<T>::A saved[kBlocks][kTiles][2][4];

@@ -6,6 +6,7 @@
 
 #include "../ops.h"
 #include "../plan.h"
+#include "cluster_backward.cuh"
 #include "cluster_forward.cuh"
 #include "step.cuh"
 #include "stepwise_backward.cuh"
@@ -32,9 +33,9 @@ void dispatch(int cell, ScalarType io, Run run) {
   }
 }
 
-// What the plan says of a forward that was asked for by its algorithm's name.
+// What the plan says of a problem, for each algorithm.
 template <class T>
-Plan plan_forward(const ForwardArgs& a, const Gpu& gpu) {
+Choice plan_layer(const Layer& a, bool backward, const Gpu& gpu, const char* algorithm) {
   PlanProblem problem;
   problem.cell = a.cell;
   problem.arithmetic = sizeof(T) == 8            ? Arithmetic::kFp64
@@ -42,21 +43,41 @@ Plan plan_forward(const ForwardArgs& a, const Gpu& gpu) {
                        : std::is_same_v<T, bf16> ? Arithmetic::kBf16
                                                  : Arithmetic::kFp16;
   problem.T = a.T, problem.N = a.N, problem.H = a.H, problem.P = a.w_hr ? a.R : 0;
+  problem.backward = backward;
   problem.h_mask = a.h_mask, problem.keep = a.keep;
-  const int algorithm = int(a.algorithm) - 1;
-  return make_plan(problem, gpu, kAlgorithms[algorithm].name, true).plans[algorithm];
+  return make_plan(problem, gpu, algorithm, true);
 }
 
-// By itself, and for a backward, the device chooses stepwise: nothing else has run on a GPU yet.
+// By itself the device chooses stepwise: nothing else has run on a GPU yet.
 template <class Cell, class T, class Machine>
 void run_forward(const ForwardArgs& a, Machine& machine) {
   if (a.algorithm <= 1 || a.T == 0) return forward<Cell, T>(a, machine);
-  const Plan plan = plan_forward<T>(a, machine.gpu());
+  const char* const name = kAlgorithms[a.algorithm - 1].name;
+  const Choice choice = plan_layer<T>(a, false, machine.gpu(), name);
+  const Plan& plan = choice.plans[int(choice.runs)];
   if constexpr (sizeof(T) < 8) {
     const WarpShape shape = warp_shape(Cell::kGates, Cell::kStates, Cell::kSaved, sizeof(T), a.H,
                                        plan.team, plan.batch_tile);
     forward_cluster<Cell, T>(a, shape, cluster_cut(shape, a.H, plan.team), machine);
   }
+}
+
+// A forward that was asked for by name may have a backward that does not fit; stepwise reads what
+// any forward has saved.
+template <class Cell, class T, class Machine>
+void run_backward(const BackwardArgs& a, Machine& machine) {
+  if (a.algorithm <= 1 || a.T == 0) return backward<Cell, T>(a, machine);
+  const Choice choice = plan_layer<T>(a, true, machine.gpu(), "auto");
+  const int cluster = int(Algorithm::kCluster);
+  if constexpr (sizeof(T) < 8) {
+    if (choice.refusals[cluster].empty()) {
+      const Plan& plan = choice.plans[cluster];
+      const BackwardShape shape = backward_shape(Cell::kGates, Cell::kStates, Cell::kSaved,
+                                                 sizeof(T), a.H, plan.batch_tile);
+      return backward_cluster<Cell, T>(a, shape, backward_cut(shape, a.H, plan.team), machine);
+    }
+  }
+  backward<Cell, T>(a, machine);
 }
 
 template <class Machine>
@@ -70,7 +91,7 @@ struct Ops {
   static void backward(const BackwardArgs& args, const Tensor& like) {
     Machine machine(like, args.tf32);
     dispatch(args.cell, like.scalar_type(), [&](auto cell, auto scalar) {
-      cuda::backward<decltype(cell), decltype(scalar)>(args, machine);
+      run_backward<decltype(cell), decltype(scalar)>(args, machine);
     });
   }
   template <bool kBackward>

@@ -92,6 +92,23 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(kThreads, 1) gather_projected(BackwardS
   }
 }
 
+// Of one unit and row: from dL/ds1 the gradients of its gates, and of the state before what does
+// not pass through the products. A kept state (zoneout) is the one before, whatever was computed.
+template <class Cell, class A>
+FUSED_RNN_DEVICE void unit_gradients(bool keeps_h, bool keeps_c, bool passes, A* ds1,
+                                     const A* saved, const A* s, A* s1, A* dgx, A* dgh, A* ds) {
+  A past[Cell::kStates] = {};
+  if (keeps_h) past[0] = ds1[0], ds1[0] = A(0);
+  if constexpr (Cell::kStates == 2) {
+    if (keeps_c) {
+      past[1] = ds1[1], ds1[1] = A(0);
+      s1[1] = Cell::next_c(saved, s[1]);
+    }
+  }
+  Cell::backward(ds1, saved, s, s1, dgx, dgh, ds);
+  for (int i = 0; i < Cell::kStates; ++i) ds[i] = passes ? ds[i] + past[i] : A(0);
+}
+
 template <class Cell, class T>
 FUSED_RNN_DEVICE void backward_unit(const BackwardStep<T>& a, int64_t n, int64_t unit) {
   using A = arithmetic_t<T>;
@@ -106,8 +123,7 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<T>& a, int64_t n, int64_t
     for (int g = 0; g < G; ++g) dgx[g] = dgh[g] = A(0);
   } else {
     A ds1[Cell::kStates], ds[Cell::kStates], s[Cell::kStates], s1[Cell::kStates] = {}, saved[4];
-    A past[Cell::kStates] = {};  // gradients of states that stayed as they were
-    const auto pass_by = [&](int i) { past[i] = ds1[i], ds1[i] = A(0); };
+    bool keeps_h = false, keeps_c = false;
     const int64_t before = layer.before(a.step, n, index);
     for (int i = 0; i < Cell::kSaved; ++i)
       saved[i] = read(layer.saved, (index * Cell::kSaved + i) * H + unit);
@@ -117,7 +133,7 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<T>& a, int64_t n, int64_t
       ds1[0] = carried_gradient(a, n, unit);
       if (a.dh) ds1[0] += read(a.dh, index * H + unit);
       s1[0] = read(layer.h, index * H + unit);
-      if (now.keeps(n, unit)) pass_by(0);
+      keeps_h = now.keeps(n, unit);
     }
     if constexpr (Cell::kHiddenIsElementwise)
       s[0] = layer.state(layer.h, layer.h0, before, n, H, unit);
@@ -126,17 +142,11 @@ FUSED_RNN_DEVICE void backward_unit(const BackwardStep<T>& a, int64_t n, int64_t
       if (a.dc) ds1[1] += read(a.dc, index * H + unit);
       s[1] = layer.state(layer.c, layer.c0, before, n, H, unit);
       s1[1] = read(layer.c, index * H + unit);
-      if (now.keeps(n, layer.R + unit)) {
-        pass_by(1);
-        s1[1] = Cell::next_c(saved, s[1]);
-      }
+      keeps_c = now.keeps(n, layer.R + unit);
     }
-
-    Cell::backward(ds1, saved, s, s1, dgx, dgh, ds);
-
-    const bool passes = now.passes(n);
-    if (!a.dh_step) write(a.dh0, at, passes ? ds[0] + past[0] : A(0));
-    if constexpr (Cell::kStates == 2) write(a.dc0, at, passes ? ds[1] + past[1] : A(0));
+    unit_gradients<Cell>(keeps_h, keeps_c, now.passes(n), ds1, saved, s, s1, dgx, dgh, ds);
+    if (!a.dh_step) write(a.dh0, at, ds[0]);
+    if constexpr (Cell::kStates == 2) write(a.dc0, at, ds[1]);
   }
   for (int g = 0; g < G; ++g) {
     const int64_t gate = g * H + unit;
@@ -252,8 +262,11 @@ void sum_all_rows(const From* from, int64_t rows, int64_t width, T* to, Machine&
   sum_all_rows(static_cast<const A*>(sums), blocks, width, to, machine);
 }
 
-template <class Cell, class T, class Machine>
-void backward(const BackwardArgs& a, Machine& machine) {
+// What comes before and after the loop, the same for all algorithms. run_loop(step) makes dgx and
+// dgh of all rows, dh_all where there is a projection, and of the gradients of the final states in
+// dh0 and dc0 those of the initial ones.
+template <class Cell, class T, class Machine, class RunLoop>
+void backward_of(const BackwardArgs& a, Machine& machine, RunLoop run_loop) {
   using A = arithmetic_t<T>;
   constexpr int64_t G = Cell::kGates;
   const int64_t gates = G * a.H;
@@ -282,18 +295,10 @@ void backward(const BackwardArgs& a, Machine& machine) {
   step.dc = matrix(a.dc);
   step.dh0 = static_cast<A*>(a.dh0);
   step.dc0 = static_cast<A*>(a.dc0);
-  A* const product = machine.template memory<A>(a.N * a.R);
-  step.product = product;
   // Without w_ih, dgx is what the caller calls dx.
   step.dgx = !a.w_ih && a.dx ? static_cast<T*>(a.dx) : machine.template memory<T>(a.M * gates);
   step.dgh = Cell::kSplitsGates ? machine.template memory<T>(a.M * gates) : nullptr;
-  step.dgh_step = a.rows ? machine.template memory<T>(a.N * gates) : nullptr;
-  A* dh_projected = nullptr;
-  if (a.w_hr) {
-    step.dh_step = machine.template memory<T>(a.N * a.R);
-    step.dh_all = a.dw_hr ? machine.template memory<T>(a.M * a.R) : nullptr;
-    step.dh_projected = dh_projected = machine.template memory<A>(a.N * a.H);
-  }
+  step.dh_all = a.dw_hr ? machine.template memory<T>(a.M * a.R) : nullptr;
   const T* const dgh = step.dgh ? step.dgh : step.dgx;
 
   machine.launch(start_gradient<T>, a.R, a.N,
@@ -302,20 +307,7 @@ void backward(const BackwardArgs& a, Machine& machine) {
     machine.launch(start_gradient<T>, a.H, a.N,
                    Carried<T>{a.N, a.H, static_cast<const A*>(a.dc_n), step.dc0});
 
-  for (step.step = a.T - 1; step.step >= 0; --step.step) {
-    step.last = step.step + 1 == a.T;
-    if (a.w_hr) {
-      machine.launch(gather_projected<T>, a.R, a.N, step);
-      machine.multiply({a.N, a.H, a.R}, static_cast<const T*>(step.dh_step), matrix(a.w_hr),
-                       dh_projected);
-    }
-    machine.launch(backward_step<Cell, T>, a.H, a.N, step);
-    const T* const of_step =
-        step.dgh_step ? step.dgh_step : dgh + layer.step(step.step).first * gates;
-    machine.multiply({a.N, a.R, gates}, of_step, matrix(a.w_hh), product);
-  }
-  step.last = a.T == 0;
-  machine.launch(finish_gradient<T>, a.R, a.N, step);
+  run_loop(step);
 
   const T* const dgx = step.dgx;
   if (a.w_ih && a.dx)
@@ -338,6 +330,38 @@ void backward(const BackwardArgs& a, Machine& machine) {
                        static_cast<const T*>(unprojected), static_cast<T*>(a.dw_hr));
     }
   }
+}
+
+template <class Cell, class T, class Machine>
+void backward(const BackwardArgs& a, Machine& machine) {
+  using A = arithmetic_t<T>;
+  const int64_t gates = Cell::kGates * a.H;
+  const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
+  backward_of<Cell, T>(a, machine, [&](BackwardStep<T> step) {
+    A* const product = machine.template memory<A>(a.N * a.R);
+    step.product = product;
+    step.dgh_step = a.rows ? machine.template memory<T>(a.N * gates) : nullptr;
+    A* dh_projected = nullptr;
+    if (a.w_hr) {
+      step.dh_step = machine.template memory<T>(a.N * a.R);
+      step.dh_projected = dh_projected = machine.template memory<A>(a.N * a.H);
+    }
+    const T* const dgh = step.dgh ? step.dgh : step.dgx;
+    for (step.step = a.T - 1; step.step >= 0; --step.step) {
+      step.last = step.step + 1 == a.T;
+      if (a.w_hr) {
+        machine.launch(gather_projected<T>, a.R, a.N, step);
+        machine.multiply({a.N, a.H, a.R}, static_cast<const T*>(step.dh_step), matrix(a.w_hr),
+                         dh_projected);
+      }
+      machine.launch(backward_step<Cell, T>, a.H, a.N, step);
+      const T* const of_step =
+          step.dgh_step ? step.dgh_step : dgh + step.layer.step(step.step).first * gates;
+      machine.multiply({a.N, a.R, gates}, of_step, matrix(a.w_hh), product);
+    }
+    step.last = a.T == 0;
+    machine.launch(finish_gradient<T>, a.R, a.N, step);
+  });
 }
 
 }  // namespace fused_rnn::cuda

@@ -188,7 +188,7 @@ void backward(const BackwardArgs& args, const Tensor& like) {
   machine.borrow("db_hh", a.db_hh, gates * bytes.io);
   machine.borrow("dw_hr", a.dw_hr, a.R * a.H * bytes.io);
   dispatch(a.cell, like.scalar_type(), [&](auto cell, auto scalar) {
-    cuda::backward<decltype(cell), decltype(scalar)>(a, machine);
+    run_backward<decltype(cell), decltype(scalar)>(a, machine);
   });
   machine.give_back();
 }

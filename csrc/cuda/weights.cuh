@@ -1,0 +1,103 @@
+// A warp's part of a matrix of weights on the chip, as the tensor cores take it: kM tiles of 16
+// rows by some tiles of 32 bytes of K, the first kHeld of them in registers, the rest in shared
+// memory.
+#pragma once
+
+#include "cuda/primitives.cuh"
+
+namespace fused_rnn::cuda {
+
+// What the tensor cores take of a T.
+template <class T>
+struct Multiplied {
+  using type = T;
+};
+template <>
+struct Multiplied<float> {
+  using type = tf32;
+};
+
+template <class T, int kM, int kHeld>
+struct Weights {
+  static constexpr int kChunk = 16 / sizeof(T), kDepth = 2 * kChunk;
+
+  uint32_t held[kHeld][kM][4];
+  uint32_t* rest;
+  int tiles;
+
+  // Register i of a tile holds 4 bytes of row lane / 4, in the second half of the tile for odd i,
+  // at byte 4 (lane % 4) of K, and 16 further for i >= 2. weight(m, half, k) is 0 outside the
+  // matrix.
+  template <class Weight>
+  FUSED_RNN_DEVICE void load(uint32_t* rest_of_warp, int tiles_of_warp, Weight weight) {
+    rest = rest_of_warp;
+    tiles = tiles_of_warp;
+    const auto fragment = [&](int tile, int m, int i) {
+      const int k = tile * kDepth + i / 2 * kChunk + lane() % 4 * (4 / int(sizeof(T)));
+      if constexpr (sizeof(T) == 4)
+        return to_tf32(weight(m, i % 2, k));
+      else
+        return pack(weight(m, i % 2, k), weight(m, i % 2, k + 1));
+    };
+    FUSED_RNN_UNROLL
+    for (int tile = 0; tile < kHeld; ++tile) {
+      FUSED_RNN_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < 4; ++i) held[tile][m][i] = tile < tiles ? fragment(tile, m, i) : 0;
+      }
+    }
+    for (int tile = kHeld; tile < tiles; ++tile) {
+      FUSED_RNN_UNROLL
+      for (int m = 0; m < kM; ++m) {
+        Vector<uint32_t, 4> bits;
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < 4; ++i) bits[i] = fragment(tile, m, i);
+        store_vector(in_shared(tile, m), bits);
+      }
+    }
+  }
+
+  // sum[m][t] += the weights times 8 rows of the operand, whose K starts at `operand`.
+  template <int kTiles>
+  FUSED_RNN_DEVICE void multiply(const T* operand, int64_t stride,
+                                 float (&sum)[kM][kTiles][4]) const {
+    // Lane i names row i % 8 of matrix i / 8: 8 rows of the batch, 16 bytes of K each.
+    const T* const rows = operand + lane() % 8 * stride + lane() / 8 * kChunk;
+    const auto two_tiles = [&](int tile, auto weight) {
+      FUSED_RNN_UNROLL
+      for (int t = 0; t < kTiles; ++t) {
+        uint32_t b[4];
+        load_matrix<4>(b, rows + 8 * t * stride + tile * kDepth);
+        FUSED_RNN_UNROLL
+        for (int i = 0; i < 2; ++i) {
+          const uint32_t of_tile[2] = {b[2 * i], b[2 * i + 1]};
+          FUSED_RNN_UNROLL
+          for (int m = 0; m < kM; ++m)
+            mma<typename Multiplied<T>::type>(sum[m][t], weight(i, m), of_tile);
+        }
+      }
+    };
+    FUSED_RNN_UNROLL
+    for (int tile = 0; tile < kHeld; tile += 2)
+      if (tile < tiles)
+        two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return held[tile + i][m]; });
+    for (int tile = kHeld; tile < tiles; tile += 2) {
+      uint32_t weight[2][kM][4];
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < 2 * kM; ++i) {
+        const auto bits = load_vector<4>(in_shared(tile + i / kM, i % kM));
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < 4; ++k) weight[i / kM][i % kM][k] = bits[k];
+      }
+      two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return weight[i][m]; });
+    }
+  }
+
+ private:
+  FUSED_RNN_DEVICE uint32_t* in_shared(int tile, int m) const {
+    return rest + (((tile - kHeld) * kM + m) * 32 + lane()) * 4;
+  }
+};
+
+}  // namespace fused_rnn::cuda
