@@ -124,16 +124,20 @@ struct BackwardShape {
   FUSED_RNN_FN constexpr int columns() const { return 8 * tiles; }
   FUSED_RNN_FN constexpr int depth() const { return 32 / element; }  // of a tile, along K
   FUSED_RNN_FN constexpr int chunk() const { return 16 / element; }
+  // Tiles that a warp multiplies at a time; with another warp beside it, two keep the tensor cores
+  // busy.
+  FUSED_RNN_FN constexpr int at_once() const { return m_tiles == 6 ? 3 : m_tiles; }
   // Registers of a thread beside the weights: the sums and where they go; for 2 units of 2 rows the
   // states' gradients, what is fetched and the gates' gradients; and the rest as compiled for
   // sm_90.
   FUSED_RNN_FN constexpr int other_registers() const {
-    return m_tiles * (4 * tiles + 1) + 4 * states +
-           element * (saved + 1 + 3 * states + gates + (gates == 3)) + 76;
+    return 4 * at_once() * tiles + m_tiles + 4 * states +
+           element * (saved + 1 + 3 * states + gates + (gates == 3)) + 10 * (element - 2) + 82 -
+           4 * m_tiles;
   }
-  // Tiles of K whose weights a warp keeps in registers; even, as tiles are multiplied in pairs.
+  // Tiles of K whose weights a warp keeps in registers.
   FUSED_RNN_FN constexpr int held() const {
-    return (kMostRegisters - other_registers()) / (8 * m_tiles) * 2;
+    return (kMostRegisters - other_registers()) / (4 * m_tiles);
   }
 };
 

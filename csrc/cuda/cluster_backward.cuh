@@ -58,7 +58,8 @@ struct BackwardWarp {
   int rank, own_tiles;
   int64_t block_unit, units_end;  // the block's first, and past its last
   int piece, tile;                // of the block's units and of the rows; piece < 0: none
-  int64_t unit, row;              // the lane's first
+  int64_t unit, row, first_row;   // the lane's first, and the block's
+  int bytes;                      // that arrive in a turn
 
   Weights<T, kM, kHeld> weights;
   int destinations[kM];      // of its tiles: the block's rank and the piece there, or -1
@@ -80,7 +81,14 @@ struct BackwardWarp {
     piece = warp() / kTiles < own_tiles ? warp() / kTiles : -1;
     tile = warp() % kTiles;
     unit = block_unit + piece * kUnits + 2 * (lane() / 4);
-    row = int64_t(block_index().x / a.cut.team) * kShape.columns() + 8 * tile + 2 * (lane() % 4);
+    first_row = int64_t(block_index().x / a.cut.team) * kShape.columns();
+    row = row_of(tile);
+    bytes = 0;
+    FUSED_RNN_UNROLL
+    for (int t = 0; t < kTiles; ++t) {
+      const int64_t left = (a.layer.N - first_row - 8 * t + 1) / 2;  // pairs of rows
+      bytes += a.cut.team * own_tiles * 8 * 16 * int(left < 0 ? 0 : left < 4 ? left : 4);
+    }
     const int blocks = int((a.layer.H + kUnits - 1) / kUnits);
     FUSED_RNN_UNROLL
     for (int m = 0; m < kM; ++m) {
@@ -89,6 +97,9 @@ struct BackwardWarp {
     }
   }
 
+  FUSED_RNN_DEVICE int64_t row_of(int of_tile) const {
+    return first_row + 8 * of_tile + 2 * (lane() % 4);
+  }
   FUSED_RNN_DEVICE T* operand(int64_t turn) const {
     return operands + (turn & 1) * kShape.columns() * place.stride;
   }
@@ -205,12 +216,12 @@ struct BackwardWarp {
     }
     if (piece >= 0 && turn > 0) mbarrier_wait(arrived + (turn - 1) % 2, int((turn - 1) / 2 % 2));
     if (thread_index().x == 0 && turn < a.layer.loop.T)
-      mbarrier_arrive_expect(arrived + turn % 2, a.cut.team * own_tiles * kTiles * 32 * 16);
+      mbarrier_arrive_expect(arrived + turn % 2, bytes);
   }
 
   // What the steps after this one send into the carried hidden state of the lane's units and rows.
   FUSED_RNN_DEVICE void gather(int64_t turn) {
-    if (piece < 0 || turn == 0) return;
+    if (piece < 0 || turn == 0 || row >= a.layer.N) return;
     float sum[4] = {};
     for (int from = 0; from < a.cut.team; ++from) {
       const auto part = load_vector<4>(arriving(turn - 1, from, piece, tile) + lane() * 4);
@@ -268,25 +279,30 @@ struct BackwardWarp {
     });
   }
 
-  // The block's gate gradients times the warp's weights, to the blocks whose units they are of.
+  // The block's gate gradients times the warp's weights, to the blocks whose units they are of:
+  // some tiles after the others, so that their sums need not all have registers at once.
+  template <int kFirst = 0>
   FUSED_RNN_DEVICE void multiply_and_send(int64_t turn) {
-    if (destinations[0] < 0) return;
-    float sum[kM][kTiles][4] = {};
-    weights.multiply(operand(turn), place.stride, sum);
+    constexpr int kCount = kShape.at_once();
+    if (destinations[kFirst] < 0) return;
+    float sum[kCount][kTiles][4] = {};
+    weights.template multiply<kFirst>(operand(turn), place.stride, sum);
     FUSED_RNN_UNROLL
-    for (int m = 0; m < kM; ++m) {
-      if (destinations[m] < 0) return;
-      const int peer = destinations[m] >> 16, of_peer = destinations[m] & 0xffff;
+    for (int m = 0; m < kCount; ++m) {
+      const int to = destinations[kFirst + m], peer = to >> 16, of_peer = to & 0xffff;
+      if (to < 0) return;
       FUSED_RNN_UNROLL
       for (int t = 0; t < kTiles; ++t) {
+        if (row_of(t) >= a.layer.N) continue;  // nobody asks
         const Vector<float, 4> part = {{sum[m][t][0], sum[m][t][1], sum[m][t][2], sum[m][t][3]}};
-        float* const to = arriving(turn, rank, of_peer, t) + lane() * 4;
+        float* const at = arriving(turn, rank, of_peer, t) + lane() * 4;
         if (a.cut.team == 1)
-          store_vector(to, part);
+          store_vector(at, part);
         else
-          store_async(reinterpret_cast<Vector<float, 4>*>(to), part, arrived + turn % 2, peer);
+          store_async(reinterpret_cast<Vector<float, 4>*>(at), part, arrived + turn % 2, peer);
       }
     }
+    if constexpr (kFirst + kCount < kM) multiply_and_send<kFirst + kCount>(turn);
   }
 
   FUSED_RNN_DEVICE void write_outputs(int64_t step) const {

@@ -194,7 +194,8 @@ struct ClusterWarp {
 
   // The warp's rows of W_hh times the operand, over its part of K.
   FUSED_RNN_DEVICE void multiply(int64_t step, float (&sum)[kM][kTiles][4]) const {
-    weights.multiply(operand(step) + part * a.cut.part_tiles * kDepth, place.stride, sum);
+    weights.template multiply<0>(operand(step) + part * a.cut.part_tiles * kDepth, place.stride,
+                                 sum);
   }
 
   // The sums of all parts, in their order, in the warps of part 0; the others leave theirs there.

@@ -58,10 +58,11 @@ struct Weights {
     }
   }
 
-  // sum[m][t] += the weights times 8 rows of the operand, whose K starts at `operand`.
-  template <int kTiles>
+  // sum[m][t] += the weights of tiles kFirst and on times 8 rows of the operand, whose K starts at
+  // `operand`.
+  template <int kFirst, int kCount, int kTiles>
   FUSED_RNN_DEVICE void multiply(const T* operand, int64_t stride,
-                                 float (&sum)[kM][kTiles][4]) const {
+                                 float (&sum)[kCount][kTiles][4]) const {
     // Lane i names row i % 8 of matrix i / 8: 8 rows of the batch, 16 bytes of K each.
     const T* const rows = operand + lane() % 8 * stride + lane() / 8 * kChunk;
     const auto two_tiles = [&](int tile, auto weight) {
@@ -73,23 +74,33 @@ struct Weights {
         for (int i = 0; i < 2; ++i) {
           const uint32_t of_tile[2] = {b[2 * i], b[2 * i + 1]};
           FUSED_RNN_UNROLL
-          for (int m = 0; m < kM; ++m)
+          for (int m = 0; m < kCount; ++m)
             mma<typename Multiplied<T>::type>(sum[m][t], weight(i, m), of_tile);
         }
       }
     };
-    FUSED_RNN_UNROLL
-    for (int tile = 0; tile < kHeld; tile += 2)
-      if (tile < tiles)
-        two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return held[tile + i][m]; });
-    for (int tile = kHeld; tile < tiles; tile += 2) {
-      uint32_t weight[2][kM][4];
+    const auto from_shared = [&](int tile, uint32_t (&weight)[kCount][4]) {
       FUSED_RNN_UNROLL
-      for (int i = 0; i < 2 * kM; ++i) {
-        const auto bits = load_vector<4>(in_shared(tile + i / kM, i % kM));
+      for (int m = 0; m < kCount; ++m) {
+        const auto bits = load_vector<4>(in_shared(tile, kFirst + m));
         FUSED_RNN_UNROLL
-        for (int k = 0; k < 4; ++k) weight[i / kM][i % kM][k] = bits[k];
+        for (int k = 0; k < 4; ++k) weight[m][k] = bits[k];
       }
+    };
+    FUSED_RNN_UNROLL
+    for (int tile = 0; tile < kHeld; tile += 2) {
+      if (tile >= tiles) return;
+      uint32_t weight[kCount][4];
+      if (tile + 1 == kHeld) from_shared(tile + 1, weight);
+      two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] {
+        if (tile + i == kHeld) return weight[m];
+        return held[tile + i][kFirst + m];
+      });
+    }
+    for (int tile = kHeld + kHeld % 2; tile < tiles; tile += 2) {
+      uint32_t weight[2][kCount][4];
+      from_shared(tile, weight[0]);
+      from_shared(tile + 1, weight[1]);
       two_tiles(tile, [&](int i, int m) -> const uint32_t (&)[4] { return weight[i][m]; });
     }
   }
