@@ -18,7 +18,7 @@ bench: build  ## check against torch.nn, time against it, train a small language
 test: build  ## run the tests
 	$(BIN)/pytest --durations=20 $(PYTEST)
 
-full: build  ## run the tests on their complete grids
+full: build  ## run the tests on their complete grids, large ones sampled (PYTEST=--most=0: all)
 	$(BIN)/pytest --durations=20 --full $(PYTEST)
 
 # Python and torch keep memory to the end, so leaks are not looked for. The C++ run time must be

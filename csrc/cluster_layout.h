@@ -35,7 +35,7 @@ struct WarpShape {
   // which comes after them), gx, the states, and the rest as compiled for sm_90.
   FUSED_RNN_FN constexpr int other_registers() const {
     return 2 * blocks * tiles * ((gates > saved ? gates : saved) + gates + states + 1) + 84 +
-           16 * (tiles - 1);
+           8 * element * (tiles - 1);
   }
   // Tiles of K whose weights a warp keeps in registers; even, as tiles are multiplied in pairs.
   FUSED_RNN_FN constexpr int held() const {
@@ -135,9 +135,11 @@ struct BackwardShape {
            element * (saved + 1 + 3 * states + gates + (gates == 3)) + 10 * (element - 2) + 82 -
            4 * m_tiles;
   }
-  // Tiles of K whose weights a warp keeps in registers.
+  // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
+  // waits for registers for the other's, which float has not.
   FUSED_RNN_FN constexpr int held() const {
-    return (kMostRegisters - other_registers()) / (4 * m_tiles);
+    const int fit = (kMostRegisters - other_registers()) / (4 * m_tiles);
+    return element == 4 ? fit / 2 * 2 : fit;
   }
 };
 

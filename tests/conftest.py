@@ -16,13 +16,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the complete grids; without it a subset that holds every pair of values",
     )
     parser.addoption(
+        "--most",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of a grid with more combinations --full runs a random sample of as many, another "
+        "with each --seed (default: 1000; 0: all)",
+    )
+    parser.addoption(
         "--seed", type=int, default=0, help="seed of all random data (default: 0)", metavar="N"
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Before any test module is imported: their decorators ask for the grids.
-    numerics.FULL = config.getoption("full")
+    for name in ("full", "most", "seed"):
+        setattr(numerics, name.upper(), config.getoption(name))
     # A machine with a GPU may have torch and pytest alone.
     if importlib.util.find_spec("hypothesis") is not None:
         import hypothesis

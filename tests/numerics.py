@@ -13,6 +13,7 @@ integer, which all dtypes hold exactly, and the kink is met only at 0 itself.
 import heapq
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch import Tensor
 
 from fused_rnn import native
 
-# Whether the grids are complete; conftest.py sets it from --full.
-FULL = False
+# Whether the grids are complete, the most combinations of one (0: all) and the seed of the sample
+# that is taken of others; conftest.py sets them from the options of these names.
+FULL, MOST, SEED = False, 0, 0
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
@@ -145,7 +147,12 @@ def combinations(
         case = dict(zip(axes, values, strict=True))
         if meet(**case) and (where is None or where(**case)):
             every.append(values)
-    return every if FULL or len(axes) < 3 else pairwise(every)
+    if not FULL:
+        return pairwise(every) if len(axes) > 2 else every
+    if not MOST or len(every) <= MOST:
+        return every
+    # In the order of the grid, as pytest is to show them.
+    return [every[i] for i in sorted(random.Random(SEED).sample(range(len(every)), MOST))]
 
 
 def pairwise(every: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

@@ -27,7 +27,7 @@ def cases(name: str) -> list[str]:
     return re.findall(r'\{"(\w+)", ', (CASES / f"{name}.cpp").read_text())
 
 
-DRIVERS = ("block", "cluster", "matrix", "cluster_forward")
+DRIVERS = ("block", "cluster", "matrix", "cluster_forward", "cluster_backward")
 RIGHT = [(name, case) for name in DRIVERS for case in cases(name)]
 
 # What each wrong kernel is caught by: here under some schedule, below under every one.
@@ -224,9 +224,9 @@ def test_only_the_primitives_use_intrinsics_and_ptx() -> None:
         assert found is None, f"{file}: {found}"
 
 
-# The cluster kernel, wrong on purpose: what stands there, what instead, and whether it takes
+# The cluster kernels, wrong on purpose: what stands there, what instead, and whether it takes
 # ThreadSanitizer to see it.
-WRONG_CLUSTERS = {
+WRONG_FORWARD = {
     "no-wait": ("mbarrier_wait(arrived + step % 2, int((step - 1) / 2 % 2));", ";", False),
     "too-few-bytes": ("((a.H + kChunk - 1) / kChunk) * 16)", "(a.H / kChunk) * 16)", False),
     "one-buffer": ("(step & 1) * kColumns", "0 * kColumns", False),
@@ -236,20 +236,35 @@ WRONG_CLUSTERS = {
     "sends-too-early": ("sync_warp();\n    for (int i = lane()", "for (int i = lane()", True),
     "starts-too-early": ("      cluster_sync();", "      ;", False),
 }
-TOLD = tuple(WRONG_CLUSTERS) if numerics.FULL else ("no-wait", "one-buffer", "no-zeros")
+WRONG_BACKWARD = {
+    "no-wait": ("mbarrier_wait(arrived + (turn - 1) % 2, int((turn - 1) / 2 % 2));", ";", False),
+    "too-few-bytes": ("- 8 * t + 1) / 2", "- 8 * t) / 2", False),
+    "one-buffer-of-sums": ("(int(turn & 1) * a.cut.team", "(0 * a.cut.team", False),
+    "one-operand": ("(turn & 1) * kShape", "0 * kShape", True),
+    "no-zeros": ("store(operands + i, from_float<T>(0));", ";", False),
+    "no-meeting": ("    sync_block();\n    warp.multiply", "    warp.multiply", False),
+    "swapped-units": ("sum[2 * i + j]", "sum[2 * j + i]", False),
+    "starts-too-early": ("      cluster_sync();", "      ;", False),
+}
+WRONG_CLUSTERS = {
+    f"{way}-{name}": (f"cluster_{way}", *change)
+    for way, changes in (("forward", WRONG_FORWARD), ("backward", WRONG_BACKWARD))
+    for name, change in changes.items()
+}
+TOLD = ("forward-no-wait", "backward-one-buffer-of-sums", "backward-no-zeros")
 
 
-@pytest.mark.parametrize("name", TOLD)
-def test_the_cluster_kernel_wrong_on_purpose_is_caught(name, tmp_path):
-    right, wrong, by_thread_sanitizer = WRONG_CLUSTERS[name]
+@pytest.mark.parametrize("name", WRONG_CLUSTERS if numerics.FULL else TOLD)
+def test_the_cluster_kernels_wrong_on_purpose_are_caught(name, tmp_path):
+    kernel_name, right, wrong, by_thread_sanitizer = WRONG_CLUSTERS[name]
     changed = tmp_path / name
     shutil.copytree(
         build.ROOT / "csrc", changed, ignore=shutil.ignore_patterns("primitives*", "cpu")
     )
-    kernel = changed / "cuda" / "cluster_forward.cuh"
+    kernel = changed / "cuda" / f"{kernel_name}.cuh"
     source = kernel.read_text()
     assert source.count(right) == 1, f"the kernel no longer has {right!r} once"
     kernel.write_text(source.replace(right, wrong))
-    program = build.build(CASES / "cluster_forward.cpp", by_thread_sanitizer, changed)
+    program = build.build(CASES / f"{kernel_name}.cpp", by_thread_sanitizer, changed)
     said = build.run(program, "two", 20)
     assert any(text != "ok" for text in said.values())

@@ -137,8 +137,7 @@ def test_a_cluster_of_16_holds_an_lstm_of_the_design_sizes(H, kb, in_registers, 
     [
         # h of two steps, its rows 16 bytes apart; one of two sums over K; what is sent; mbarriers.
         (False, [2 * 8 * (512 * 2 + 16), 128 * 8 * 4, 8 * 32 * 2, 2 * 8]),
-        # Own gate gradients of two steps, their rows 16 bytes apart; partial sums of 16 CTAs for two
-        # steps; mbarriers.
+        # Own gate gradients of two steps, rows 16 bytes apart; sums of 16 CTAs for two; mbarriers.
         (True, [2 * 8 * (128 * 2 + 16), 2 * 16 * 8 * 32 * 4, 2 * 8]),
     ],
     ids=["forward", "backward"],
@@ -187,8 +186,6 @@ def test_beyond_the_chip_there_is_stepwise():
     [
         ("lstm", torch.float64, {}, "fp64"),
         ("lstm", torch.bfloat16, {"P": 32}, "proj_size"),
-        ("gru", torch.bfloat16, {"options": ["h_mask"], "backward": True}, "h_mask"),
-        ("gru", torch.bfloat16, {"options": ["keep"], "backward": True}, "keep"),
         ("gru", torch.bfloat16, {"device": KNOWN_DEVICES["T4"]}, "sm_80"),
         ("gru", torch.bfloat16, {"T": 0}, "no step"),
         ("gru", torch.bfloat16, {"N": 0}, "no step"),
@@ -232,7 +229,7 @@ def test_the_simpler_launch_wins_a_tie():
 
 @pytest.mark.parametrize(
     ("algorithm", "H", "backward"),
-    [("cluster", 256, True), ("grid", 1024, False), ("grid", 1024, True)],
+    [("grid", 1024, False), ("grid", 1024, True)],
 )
 def test_what_is_not_built_is_wanted_but_does_not_run(algorithm, H, backward):
     problem = {"T": 512, "N": 8, "H": H, "device": H100, "backward": backward}
@@ -248,12 +245,14 @@ def test_what_is_not_built_is_wanted_but_does_not_run(algorithm, H, backward):
     assert as_if_built.why == "asked for"
 
 
-def test_what_has_not_run_on_a_gpu_runs_only_by_name():
-    p = plan("lstm", torch.bfloat16, 512, 8, 512, device=H100)
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_what_has_not_run_on_a_gpu_runs_only_by_name(backward):
+    problem = {"T": 512, "N": 8, "H": 512, "device": H100, "backward": backward}
+    p = plan("lstm", torch.bfloat16, **problem)
     assert (p.algorithm, p.wanted.algorithm) == ("stepwise", "cluster")
     assert (p.wanted.built, p.wanted.proven) == (True, False)
     assert "has not run on a GPU yet: ask for it by name" in p.why
-    asked = plan("lstm", torch.bfloat16, 512, 8, 512, device=H100, algorithm="cluster")
+    asked = plan("lstm", torch.bfloat16, **problem, algorithm="cluster")
     assert (asked.algorithm, asked.team, asked.why) == ("cluster", p.wanted.team, "asked for")
 
 
@@ -315,14 +314,19 @@ def test_before_sm_90_a_cluster_is_one_cta():
 
 
 def test_fewer_registers_move_weights_to_shared_memory():
-    device = dataclasses.replace(H100, registers_per_block=32768, clusters=(0, 0, 0, 0, 7))
-    how = {"device": device, "algorithm": "cluster"}
-    p = plan_all("lstm", "bf16", 512, 8, 512, **how, backward=True)
+    device = dataclasses.replace(H100, registers_per_block=32768)
+    p = plan_all("lstm", "bf16", 512, 8, 1536, device=device, algorithm="grid")
     assert p.registers == 128
-    assert p.register_bytes == 64 * 1024
-    assert p.shared_weight_bytes == 64 * 1024
-    assert "64 KB of weights read from shared memory at 128 B a cycle" in dict(p.costs)
-    with pytest.raises(RuntimeError, match="255 registers"):  # those that are built have theirs
+    assert p.register_bytes == 64 * 1024 == p.weight_bytes - p.shared_weight_bytes
+    words = f"{p.shared_weight_bytes // 1024} KB of weights read from shared memory at 128 B"
+    assert any(words in what for what, _ in p.costs)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_the_cluster_has_no_kernels_for_fewer_registers(backward):
+    device = dataclasses.replace(H100, registers_per_block=32768)
+    how = {"device": device, "algorithm": "cluster", "backward": backward}
+    with pytest.raises(RuntimeError, match="255 registers"):
         plan_all("lstm", "bf16", 512, 8, 512, **how)
 
 
@@ -385,6 +389,8 @@ def test_the_explanation_names_algorithm_limit_and_reason():
 def test_the_explanation_says_why_an_algorithm_is_out():
     text = str(plan("lstm", torch.bfloat16, 1024, 16, 1024, device=H100, backward=True))
     assert "lstm backward" in text
+    assert "cluster   it does not fit: 1024 units are more than its warps take back" in text
+    text = str(plan("lstm", torch.bfloat16, 1024, 16, 1024, device=H100))
     assert "cluster   it does not fit: 16 CTAs each hold 512 KB of W_hh" in text
     text = str(plan("lstm", torch.float64, 1024, 16, 1024, 256, device=H100))
     assert "H=1024 P=256" in text

@@ -135,6 +135,13 @@ def clusters(*active: int) -> None:
     ctypes.CDLL(str(library())).fused_rnn_emulator_clusters(given)
 
 
+def cluster_launches() -> int:
+    """How many launches of clusters there were since the last call."""
+    count = ctypes.CDLL(str(library())).fused_rnn_emulator_cluster_launches
+    count.restype = ctypes.c_int64
+    return int(count())
+
+
 def run(program: Path, case: str, seeds: int, timeout: float = 120) -> dict[int, str]:
     """What the case says under each seed: "ok", or what was wrong."""
     command = [str(program), case, str(seeds)]

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -17,6 +18,7 @@ namespace fused_rnn::cuda {
 namespace {
 
 uint64_t seed = 0;
+int64_t cluster_launches = 0;
 
 // What the planner is told of the machine: an H200, whose clusters a test may restrict.
 Gpu h200() {
@@ -86,6 +88,7 @@ class EmulatedMachine {
   template <class Argument>
   void launch_clusters(void (*kernel)(Argument), int team, int64_t clusters, int threads,
                        int64_t bytes, const Argument& argument) {
+    ++cluster_launches;
     emulator::Launch launch;
     launch.grid = {int(team * clusters)};
     launch.block = {threads};
@@ -236,6 +239,11 @@ constexpr Device kEmulated = {forward,    backward, step<false>,
 
 extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_seed(uint64_t value) {
   fused_rnn::cuda::seed = value;
+}
+
+// Launches of clusters since the last time somebody asked.
+extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_emulator_cluster_launches() {
+  return std::exchange(fused_rnn::cuda::cluster_launches, 0);
 }
 
 // How many clusters of 1, 2, 4, 8 and 16 blocks fit.
