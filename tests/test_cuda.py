@@ -1,6 +1,7 @@
 """What can be known of the CUDA backend without a GPU: who answers, and torch's rule for cuDNN."""
 
 import csv
+import dataclasses
 import io
 from types import SimpleNamespace
 
@@ -212,6 +213,22 @@ def test_the_explanation_holds_the_plan_for_the_gpu_or_why_there_is_none(known, 
     assert ("not built grid, predicted" in text) == known
     assert ("T=1024 N=16 H=768" in text) == known
     assert ("no plan: there is no moon tonight" in text) != known
+
+
+@pytest.mark.parametrize(
+    ("H", "words"),
+    [
+        (512, ["lstm forward, bf16", "lstm backward, bf16", "16 CTAs"]),
+        (200, ["lstm forward, bf16", "the backward is stepwise: algorithm 'cluster' cannot"]),
+    ],
+)
+def test_the_explanation_holds_the_backwards_plan_too(H, words, monkeypatch):
+    only_16 = dataclasses.replace(KNOWN_DEVICES["H100 SXM"], clusters=(0, 0, 0, 0, 7))
+    monkeypatch.setattr(backends.cuda, "describe", lambda _: only_16)
+    asked = problem(dtype=torch.bfloat16, H=H, grad=True)
+    text = backends.cuda.explain(asked, "cluster")
+    assert all(word in text for word in words)
+    assert "backward" not in backends.cuda.explain(asked._replace(grad=False), "cluster")
 
 
 def test_the_explanation_of_torchs_kernels_names_cudnns_algorithm(monkeypatch):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+from pathlib import Path
 
 import numerics
 import pytest
@@ -396,3 +398,26 @@ def test_the_explanation_says_why_an_algorithm_is_out():
     assert "H=1024 P=256" in text
     assert "nothing else can run this" in text
     assert "limit     3 kernels a step" in text
+
+
+PAGES = sorted((Path(__file__).parents[1] / "docs" / "kernels").glob("cluster_*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_kernels_pages_hold_what_the_plan_predicts(page):
+    """Rows of the last table: | LSTM | 16 | 0.55 (e) | ..., two waves | does not fit |"""
+    table = page.read_text().rpartition("## Predicted")[2].partition("## Known")[0]
+    rows = re.findall(r"^\| (LSTM|GRU|RNN) \| (\d+) \| (.*) \|$", table, re.MULTILINE)
+    assert len(rows) == 5
+    for cell, N, columns in rows:
+        for H, said in zip((256, 512, 768, 1024), columns.split(" | "), strict=True):
+            problem = {"T": 1024, "N": int(N), "H": H, "device": H100}
+            problem["backward"] = page.stem == "cluster_backward"
+            name = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[cell]
+            if said == "does not fit":
+                refusals = plan(name, torch.bfloat16, **problem).refusals
+                assert "does not fit" in refusals["cluster"]
+                continue
+            p = plan(name, torch.bfloat16, **problem, algorithm="cluster")
+            assert f"{p.us_per_step:.2f}" == said.split()[0], (cell, N, H)
+            assert ("two waves" in said) == (p.waves == 2)

@@ -344,8 +344,8 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
     warp.update(turn, step);
     sync_block();
     warp.multiply_and_send(turn);
-    if (step > 0) warp.fetch(step - 1);
     warp.write_outputs(step);
+    if (step > 0) warp.fetch(step - 1);
   }
   warp.wait(T_);
   warp.gather(T_);

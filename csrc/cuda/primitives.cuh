@@ -18,6 +18,8 @@
 #define FUSED_RNN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 // Before a loop of few, constant rounds: its indices become constants, so arrays stay in registers.
 #define FUSED_RNN_UNROLL _Pragma("unroll")
+// Before a loop that must stay one.
+#define FUSED_RNN_ROLL _Pragma("unroll 1")
 // An array of the block; `name` is a T*, or decays to one.
 #define FUSED_RNN_SHARED(T, name, count) __shared__ T name[count]
 

@@ -39,14 +39,27 @@ struct Weights {
       else
         return pack(weight(m, i % 2, k), weight(m, i % 2, k + 1));
     };
-    FUSED_RNN_UNROLL
-    for (int tile = 0; tile < kHeld; ++tile) {
+    // A loop, since the code of all tiles one after another takes the compiler long: each round
+    // moves what registers hold some tiles down and fills the last ones.
+    constexpr int kRounds = kHeld < 8 ? kHeld : 8, kNew = (kHeld + kRounds - 1) / kRounds;
+    FUSED_RNN_ROLL
+    for (int next = kHeld - kRounds * kNew; next < kHeld; next += kNew) {
       FUSED_RNN_UNROLL
-      for (int m = 0; m < kM; ++m) {
+      for (int slot = 0; slot < kHeld; ++slot) {
         FUSED_RNN_UNROLL
-        for (int i = 0; i < 4; ++i) held[tile][m][i] = tile < tiles ? fragment(tile, m, i) : 0;
+        for (int m = 0; m < kM; ++m) {
+          FUSED_RNN_UNROLL
+          for (int i = 0; i < 4; ++i) {
+            const int tile = next + slot - (kHeld - kNew);
+            if (slot + kNew < kHeld)
+              held[slot][m][i] = held[(slot + kNew) % kHeld][m][i];
+            else
+              held[slot][m][i] = tile >= 0 && tile < tiles ? fragment(tile, m, i) : 0;
+          }
+        }
       }
     }
+    FUSED_RNN_ROLL
     for (int tile = kHeld; tile < tiles; ++tile) {
       FUSED_RNN_UNROLL
       for (int m = 0; m < kM; ++m) {

@@ -31,7 +31,7 @@ def supports(problem: Problem) -> str | None:
 
 _WORDS = {
     "stepwise": "one product by cuBLAS and one native pointwise kernel a step",
-    "cluster": "clusters keep the weights on chip for all steps, in one launch; backward stepwise",
+    "cluster": "clusters keep the weights on chip for all steps, in one launch",
 }
 
 
@@ -39,11 +39,18 @@ def explain(problem: Problem, algorithm: str = "auto") -> str:
     if problem.T == 0:
         return "torch's two GEMMs, then one native pointwise kernel"
     ran = "stepwise" if algorithm == "auto" else algorithm
-    what = f"{ran}: {_WORDS[ran]}"
+    lines = [f"{ran}: {_WORDS[ran]}"]
     try:
-        return f"{what}\n{_plan(problem, describe(problem.ordinal), algorithm)}"
+        device = describe(problem.ordinal)
+        lines.append(str(_plan(problem, device, algorithm)))
     except (RuntimeError, ValueError) as error:
-        return f"{what}\nno plan: {error}"
+        return f"{lines[0]}\nno plan: {error}"
+    if problem.grad:
+        try:
+            lines.append(str(_plan(problem, device, algorithm, backward=True)))
+        except RuntimeError as error:  # as device.cuh has it
+            lines.append(f"the backward is stepwise: {error}")
+    return "\n".join(lines)
 
 
 def lacks(algorithm: str, problem: Problem) -> str | None:

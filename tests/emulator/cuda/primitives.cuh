@@ -13,6 +13,7 @@
 #define FUSED_RNN_KERNEL void
 #define FUSED_RNN_LAUNCH_BOUNDS(threads, blocks)
 #define FUSED_RNN_UNROLL
+#define FUSED_RNN_ROLL
 // The lambda's type is one for each declaration and instantiation, and so is its `site`.
 #define FUSED_RNN_SHARED(T, name, count)                                \
   T* const name = static_cast<T*>(::fused_rnn::emulator::static_shared( \
