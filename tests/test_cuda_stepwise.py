@@ -63,6 +63,19 @@ def test_outputs_and_gradients(case, layer):
     check(layer, make_problem(**case))
 
 
+@pytest.mark.parametrize(
+    ("cell", "dtype", "H"),
+    [
+        ("lstm", torch.bfloat16, 60),
+        ("gru", torch.float16, 1150),
+        ("lstm", torch.float32, 1150),
+        ("rnn_tanh", torch.bfloat16, 4096),
+    ],
+)
+def test_large_sizes(cell, dtype, H, layer):
+    check(layer, make_problem(cell, dtype, (2, 1, H), states=True))
+
+
 @cases(
     projects,
     cell=CELLS,
