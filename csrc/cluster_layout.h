@@ -126,7 +126,9 @@ struct BackwardShape {
   FUSED_RNN_FN constexpr int chunk() const { return 16 / element; }
   // Tiles that a warp multiplies at a time; with another warp beside it, two keep the tensor cores
   // busy.
-  FUSED_RNN_FN constexpr int at_once() const { return m_tiles == 6 ? 3 : m_tiles; }
+  FUSED_RNN_FN constexpr int at_once() const {
+    return m_tiles < 6 ? m_tiles : element == 4 ? 2 : 3;
+  }
   // Registers of a thread beside the weights: the sums and where they go; for 2 units of 2 rows the
   // states' gradients, what is fetched and the gates' gradients; and the rest as compiled for
   // sm_90.
@@ -147,7 +149,8 @@ struct BackwardCut {
   int team;       // CTAs of a cluster
   int own_tiles;  // of 16 units, of the CTA with most
   int k_tiles;    // of the gates of these units, even
-  int warps;
+  int multiply;   // warps that multiply, the first ones
+  int warps;      // these, or those that own units, whichever are more
 };
 
 // With m_tiles of 0, no kernel is compiled for so many units.
@@ -160,7 +163,6 @@ constexpr BackwardShape backward_shape(int gates, int states, int saved, int ele
   return {gates, states, saved, element, compiled ? m_tiles : 0, tiles};
 }
 
-// The warps are those that multiply or those that own units, whichever are more.
 constexpr BackwardCut backward_cut(BackwardShape shape, int64_t H, int64_t team) {
   BackwardCut cut{};
   cut.team = int(team);
@@ -168,9 +170,9 @@ constexpr BackwardCut backward_cut(BackwardShape shape, int64_t H, int64_t team)
   cut.own_tiles = int((most_units(H, units, team) + units - 1) / units);
   cut.k_tiles =
       (cut.own_tiles * units * shape.gates + 2 * shape.depth() - 1) / (2 * shape.depth()) * 2;
-  const int multiply = int((H + units * shape.m_tiles - 1) / (units * shape.m_tiles));
+  cut.multiply = int((H + units * shape.m_tiles - 1) / (units * shape.m_tiles));
   const int own = cut.own_tiles * shape.tiles;
-  cut.warps = multiply > own ? multiply : own;
+  cut.warps = cut.multiply > own ? cut.multiply : own;
   return cut;
 }
 
@@ -184,7 +186,7 @@ struct BackwardShared {
       // 16 bytes more than a multiple of 32: ldmatrix finds 8 rows in different banks.
       : stride(int64_t(cut.k_tiles) * shape.depth() + shape.chunk()),
         weights(2 * shape.columns() * stride * shape.element),
-        sums(weights + weight_bytes(shape, cut.warps, cut.k_tiles)),
+        sums(weights + weight_bytes(shape, cut.multiply, cut.k_tiles)),
         barriers(sums + int64_t(2) * cut.team * cut.own_tiles * shape.tiles * 32 * 16),
         bytes(barriers + 2 * 8) {}
 

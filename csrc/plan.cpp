@@ -42,8 +42,7 @@ constexpr double kTie = 0.9;
 // ---- Limits of the kernels' own making.
 
 constexpr int64_t kThreads = 256, kWarps = kThreads / 32;
-// The instruction encoding's limit is 255 a thread. A forward compiled for sm_90a with all of a
-// CTA's W_hh in registers used 34 besides them; backward and wider tiles need more.
+// Of grid's threads, beside the weights: assumed.
 constexpr int64_t kWorkingRegisters = 64;
 // A thread's part of an m16 x k16 tile of half types, or of m16 x k8 of TF32.
 constexpr int64_t kFragmentRegisters = 4;
@@ -114,6 +113,7 @@ struct Planner {
 
   Plan lay_out(const Cut& cut) const;
   void place_forward(const Cut& cut, Plan* plan) const;
+  BackwardShape shape_of_backward(int64_t batch_tile) const;
   void place_backward(const Cut& cut, Plan* plan) const;
   Product product(const Cut& cut, int64_t units) const;
   void split_k(const Product& part, Plan* plan) const;
@@ -210,12 +210,8 @@ void Planner::place_weights(Plan* plan) const {
 
 void Planner::place_rest(const Cut& cut, const Product& part, Plan* plan) const {
   const int64_t tile = cut.batch_tile, K = round_up(part.K, 32 / bytes);
-  const bool peers_write = cut.algorithm == Algorithm::kCluster && cut.team > 1;
-  // The product's input, h or gate gradients. Peers write the next step's while this one is read;
-  // what comes from L2 or from the CTA itself waits there.
-  int64_t rest = tile * K * bytes * (peers_write && !part.reduces ? 2 : 1);
-  // Partial sums of dh arrive from each peer, for two steps.
-  if (peers_write && part.reduces) rest += 2 * cut.team * tile * plan->units * 4;
+  // The product's input, h or gate gradients.
+  int64_t rest = tile * K * bytes;
   // Carried states in fp32.
   rest += cell.states * tile * plan->units * 4;
   // A step's input from global memory is fetched one step ahead: gx; backward dh, saved, states.
@@ -225,7 +221,6 @@ void Planner::place_rest(const Cut& cut, const Product& part, Plan* plan) const 
   rest += (plan->k_split - 1) * round_up(part.M, kM) * std::min(tile, kColumns) * 4;
   plan->shared_bytes = plan->shared_weight_bytes + rest + kSharedRest;
 
-  if (cut.algorithm != Algorithm::kGrid) return;
   // Two slots of words that carry their step's number.
   const double words = exchanged_bytes(cut, part, plan->units) * tile;
   plan->workspace_bytes = int64_t(2 * words * plan->teams * (part.reduces ? cut.team : 1));
@@ -285,18 +280,19 @@ void Planner::place_forward(const Cut& cut, Plan* plan) const {
   plan->shared_bytes = ClusterShared(shape, warps.groups, warps.parts, warps.part_tiles).bytes;
 }
 
+BackwardShape Planner::shape_of_backward(int64_t batch_tile) const {
+  return backward_shape(int(cell.gates), int(cell.states), int(cell.saved), int(bytes), problem.H,
+                        batch_tile);
+}
+
 void Planner::place_backward(const Cut& cut, Plan* plan) const {
-  const BackwardShape shape = backward_shape(int(cell.gates), int(cell.states), int(cell.saved),
-                                             int(bytes), problem.H, cut.batch_tile);
-  if (shape.m_tiles == 0) {  // more units than its kernels take: misfit says so
-    plan->threads = 2 * kThreads;
-    return;
-  }
+  const BackwardShape shape = shape_of_backward(cut.batch_tile);
+  if (shape.m_tiles == 0) return;  // more units than its kernels take: misfit says so
   const BackwardCut warps = backward_cut(shape, problem.H, cut.team);
   const int64_t tile_bytes = 32 * 16;
   plan->threads = 32 * warps.warps;
-  plan->weight_bytes = warps.warps * warps.k_tiles * shape.m_tiles * tile_bytes;
-  plan->shared_weight_bytes = BackwardShared::weight_bytes(shape, warps.warps, warps.k_tiles);
+  plan->weight_bytes = warps.multiply * warps.k_tiles * shape.m_tiles * tile_bytes;
+  plan->shared_weight_bytes = BackwardShared::weight_bytes(shape, warps.multiply, warps.k_tiles);
   plan->register_bytes = plan->weight_bytes - plan->shared_weight_bytes;
   plan->registers =
       shape.other_registers() + 4 * shape.m_tiles * std::min(shape.held(), warps.k_tiles);
@@ -333,7 +329,7 @@ Plan Planner::lay_out(const Cut& cut) const {
 }
 
 std::string Planner::misfit(const Plan& plan) const {
-  if (plan.threads > kThreads && problem.backward)
+  if (plan.weight_bytes == 0)
     return std::to_string(problem.H) + " units are more than its warps take back";
   const std::string size = std::to_string(plan.team) +
                            (plan.team == 1 ? " CTA holds " : " CTAs each hold ") +
@@ -377,7 +373,8 @@ std::string Planner::cluster(Plan* best) const {
     const int64_t team = int64_t(1) << i;
     if (device.clusters[i] < 1 || ceil_div(problem.H, granule) < team) continue;
     for (int64_t tile = 8; tile <= 16 && (tile == 8 || tile / 2 < problem.N); tile *= 2)
-      consider({Algorithm::kCluster, team, granule, tile, device.clusters[i]}, best, &nearest);
+      if (tile == 8 || !problem.backward || shape_of_backward(tile).m_tiles)
+        consider({Algorithm::kCluster, team, granule, tile, device.clusters[i]}, best, &nearest);
   }
   return verdict(*best, nearest);
 }

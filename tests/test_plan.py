@@ -332,6 +332,20 @@ def test_the_cluster_has_no_kernels_for_fewer_registers(backward):
         plan_all("lstm", "bf16", 512, 8, 512, **how)
 
 
+@pytest.mark.parametrize("N", [8, 16])
+def test_a_backward_is_refused_for_the_cut_that_is_nearest(N):
+    """There is no kernel for 16 rows and 640 units; that is not what is wrong."""
+    words = plan_all("lstm", "tf32", 512, N, 640, device=H100, backward=True).refusals["cluster"]
+    assert "of shared memory" in words
+
+
+def test_warps_that_multiply_nothing_have_no_weights():
+    """Four warps multiply 128 units, eight own them."""
+    device = KNOWN_DEVICES["RTX 4090"]
+    p = plan_all("lstm", "bf16", 512, 8, 128, device=device, algorithm="cluster", backward=True)
+    assert (p.threads, p.weight_bytes) == (256, 128 * 1024)
+
+
 def test_no_more_units_than_the_warps_take():
     one = dataclasses.replace(H100, clusters=(132, 0, 0, 0, 0))
     p = plan_all("rnn_tanh", "bf16", 512, 8, 128, device=one, algorithm="cluster")

@@ -15,8 +15,9 @@
 // how the tensor cores leave the sums, rows r and r + 8 of a tile being units 2 r and 2 r + 1.
 //
 // In shared memory, twice: the operand, gate gradients of the block's units, and the partial sums
-// that arrive. Sums of a step fill what was read two steps before, and all of a block's warps have
-// met since. So has a peer that sends: it has the sums of the step between from every block.
+// that arrive. Sums of a step overwrite those of two steps before, which a block reads at the start
+// of the step between; then its warps meet and send. A peer that sends has those sums from every
+// block.
 #pragma once
 
 #include "../cluster_layout.h"
@@ -145,6 +146,7 @@ struct BackwardWarp {
   FUSED_RNN_DEVICE void load_weights() {
     const int64_t H = a.layer.H;
     const int first = warp() * kM, count = int(units_end - block_unit) * kGates;
+    if (destinations[0] < 0) return;  // the warp only owns a piece
     char* const all = shared_memory<char>() + place.weights;
     const int64_t of_warp = BackwardShared::weight_bytes(kShape, 1, a.cut.k_tiles);
     weights.load(reinterpret_cast<uint32_t*>(all + warp() * of_warp), a.cut.k_tiles,
@@ -334,6 +336,8 @@ template <class Cell, class T, int kM, int kTiles>
 FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
     cluster_backward(ClusterBackward<T> a) {
   if constexpr (!has_mma()) return unsupported("the cluster algorithm needs sm_80");
+  // A block alone has at most 8 pieces, so 128 units: two tiles a warp.
+  if constexpr (!has_clusters() && kM > 2) return unsupported("clusters need sm_90");
   BackwardWarp<Cell, T, kM, kTiles> warp(a);
   const int64_t T_ = a.layer.loop.T;
   warp.start();

@@ -66,9 +66,9 @@ void run_forward(const ForwardArgs& a, Machine& machine) {
 // any forward has saved.
 template <class Cell, class T, class Machine>
 void run_backward(const BackwardArgs& a, Machine& machine) {
-  if (a.algorithm <= 1 || a.T == 0) return backward<Cell, T>(a, machine);
-  const Choice choice = plan_layer<T>(a, true, machine.gpu(), "auto");
   const int cluster = int(Algorithm::kCluster);
+  if (a.algorithm != cluster + 1 || a.T == 0) return backward<Cell, T>(a, machine);
+  const Choice choice = plan_layer<T>(a, true, machine.gpu(), "auto");
   if constexpr (sizeof(T) < 8) {
     if (choice.refusals[cluster].empty()) {
       const Plan& plan = choice.plans[cluster];

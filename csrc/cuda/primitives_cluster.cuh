@@ -43,6 +43,15 @@ FUSED_RNN_DEVICE void copy_async_wait() {
 
 // ---- Clusters. Below sm_90 each block is a cluster of its own.
 
+// As has_mma(): a kernel for several blocks leaves its body out elsewhere.
+FUSED_RNN_DEVICE constexpr bool has_clusters() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return false;
+#else
+  return true;
+#endif
+}
+
 FUSED_RNN_DEVICE int cluster_rank() {
 #if __CUDA_ARCH__ >= 900
   uint32_t rank;

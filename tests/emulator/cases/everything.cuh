@@ -85,7 +85,7 @@ FUSED_RNN_DEVICE void matrices(float* out, const unsigned char* shared) {
   mma<fp16>(d, four, two);
   FUSED_RNN_UNROLL
   for (int i = 0; i < 2; ++i)
-    if constexpr (has_mma()) mma<tf32>(d, four, two);
+    if constexpr (has_mma() && has_clusters()) mma<tf32>(d, four, two);
   FUSED_RNN_ROLL
   for (int i = 0; i < 4; ++i) store(out + i, d[i]);
 }

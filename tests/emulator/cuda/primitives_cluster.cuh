@@ -19,6 +19,7 @@ FUSED_RNN_DEVICE void copy_async_wait() {
 
 // ---- Clusters.
 
+FUSED_RNN_DEVICE constexpr bool has_clusters() { return true; }
 FUSED_RNN_DEVICE int cluster_rank() { return emulator::place().cluster_rank; }
 FUSED_RNN_DEVICE int cluster_size() { return emulator::place().cluster_size; }
 FUSED_RNN_DEVICE void cluster_arrive() { emulator::cluster_barrier_arrive(); }
