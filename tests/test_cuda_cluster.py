@@ -82,7 +82,7 @@ def test_outputs_and_gradients(case, layer):
 LARGE = {
     "sixteen": ("gru", 16, (2, 1, 250), None),
     "four": ("lstm", 4, (2, 3, 270), None),
-    "wide": ("rnn_tanh", 2, (2, 11, 260), 1),
+    "wide": ("rnn_tanh", 4, (2, 11, 260), 1),
     "six": ("rnn_relu", 8, (2, 2, 530), None),
 }
 
