@@ -130,7 +130,9 @@ def test_tf32_is_as_far_from_float64_as_stepwise(cell, size, H, emulated, monkey
     """To the rule, with stepwise in TF32 in the place of torch."""
     monkeypatch.setattr(autograd, "ops", Tf32(emulated))
     team(size)
-    problem = make_problem(cell, torch.float32, (4, 9, H), product=True, control=True)
+    # A ReLU's derivative flips with rounding: its problems in a half type are exact integers.
+    drawn = torch.bfloat16 if cell == "rnn_relu" else torch.float32
+    problem = make_problem(cell, drawn, (4, 9, H), product=True, control=True).to(torch.float32)
     ours, stepwise = (
         run(functools.partial(autograd.layer, algorithm=algorithm), problem)
         for algorithm in (CLUSTER, 1)
