@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,8 +149,13 @@ def in_a_process(
     return float(done.stdout.split()[-1])
 
 
+def is_fast(*process: Any, **settings: Any) -> bool:
+    """In one of three tries: threads that spin lose more than their share to another process."""
+    return any(in_a_process(*process, **settings) < SLOWER for _ in range(3))
+
+
 def test_fewer_threads_may_come_than_were_asked_for():
-    assert in_a_process(4, OMP_NUM_THREADS="4", OMP_THREAD_LIMIT="2") < SLOWER
+    assert is_fast(4, OMP_NUM_THREADS="4", OMP_THREAD_LIMIT="2")
 
 
 def test_eight_threads_on_one_core():
@@ -157,20 +163,20 @@ def test_eight_threads_on_one_core():
     if taskset is None:
         pytest.skip("needs taskset")
     core = str(min(os.sched_getaffinity(0)))
-    assert in_a_process(8, prefix=(taskset, "-c", core), OMP_NUM_THREADS="8") < SLOWER
+    assert is_fast(8, prefix=(taskset, "-c", core), OMP_NUM_THREADS="8")
 
 
 def test_four_python_threads_at_once():
-    assert in_a_process(2, callers=4, OMP_NUM_THREADS="2") < SLOWER
+    assert is_fast(2, callers=4, OMP_NUM_THREADS="2")
 
 
 def test_inside_another_parallel_region():
     maps = Path("/proc/self/maps")
     if not maps.exists() or "libgomp" not in maps.read_text():
         pytest.skip("needs a torch whose threads are libgomp's")
-    assert in_a_process(2, callers=3, how="nested", OMP_NUM_THREADS="2") < SLOWER
+    assert is_fast(2, callers=3, how="nested", OMP_NUM_THREADS="2")
 
 
 @pytest.mark.parametrize("settings", [{"OMP_DYNAMIC": "true"}, {"OMP_WAIT_POLICY": "active"}])
 def test_other_settings_of_openmp(settings):
-    assert in_a_process(2, OMP_NUM_THREADS="2", **settings) < SLOWER
+    assert is_fast(2, OMP_NUM_THREADS="2", **settings)
