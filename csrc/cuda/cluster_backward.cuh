@@ -57,10 +57,11 @@ struct BackwardWarp {
   float* sums;  // [2][rank of the sender][the block's tiles of units][kTiles][32 lanes][4]
   Mbarrier* arrived;
   int rank, own_tiles;
-  int64_t block_unit, units_end;  // the block's first, and past its last
-  int piece, tile;                // of the block's units and of the rows; piece < 0: none
-  int64_t unit, row, first_row;   // the lane's first, and the block's
-  int bytes;                      // that arrive in a turn
+  int block_unit, units_end;  // the block's first, and past its last
+  int piece, tile;            // of the block's units and of the rows; piece < 0: none
+  int unit;                   // the lane's first
+  int64_t row;
+  int bytes;  // that arrive in a turn
 
   Weights<T, kM, kHeld> weights;
   int destinations[kM];      // of its tiles: the block's rank and the piece there, or -1
@@ -76,14 +77,14 @@ struct BackwardWarp {
     sums = reinterpret_cast<float*>(shared + place.sums);
     arrived = reinterpret_cast<Mbarrier*>(shared + place.barriers);
     rank = cluster_rank();
-    block_unit = unit_begin(a.layer.H, kUnits, a.cut.team, rank);
-    units_end = unit_begin(a.layer.H, kUnits, a.cut.team, rank + 1);
-    own_tiles = int((units_end - block_unit + kUnits - 1) / kUnits);
+    block_unit = int(unit_begin(a.layer.H, kUnits, a.cut.team, rank));
+    units_end = int(unit_begin(a.layer.H, kUnits, a.cut.team, rank + 1));
+    own_tiles = (units_end - block_unit + kUnits - 1) / kUnits;
     piece = warp() / kTiles < own_tiles ? warp() / kTiles : -1;
     tile = warp() % kTiles;
     unit = block_unit + piece * kUnits + 2 * (lane() / 4);
-    first_row = int64_t(block_index().x / a.cut.team) * kShape.columns();
-    row = row_of(tile);
+    const int64_t first_row = int64_t(block_index().x / a.cut.team) * kShape.columns();
+    row = first_row + 8 * tile + 2 * (lane() % 4);
     bytes = 0;
     FUSED_RNN_UNROLL
     for (int t = 0; t < kTiles; ++t) {
@@ -98,9 +99,7 @@ struct BackwardWarp {
     }
   }
 
-  FUSED_RNN_DEVICE int64_t row_of(int of_tile) const {
-    return first_row + 8 * of_tile + 2 * (lane() % 4);
-  }
+  FUSED_RNN_DEVICE int64_t row_of(int of_tile) const { return row + 8 * (of_tile - tile); }
   FUSED_RNN_DEVICE T* operand(int64_t turn) const {
     return operands + (turn & 1) * kShape.columns() * place.stride;
   }
@@ -145,7 +144,7 @@ struct BackwardWarp {
   // W_hh, transposed: its rows are units, K the gates of the block's units, unit by unit.
   FUSED_RNN_DEVICE void load_weights() {
     const int64_t H = a.layer.H;
-    const int first = warp() * kM, count = int(units_end - block_unit) * kGates;
+    const int first = warp() * kM, count = (units_end - block_unit) * kGates;
     if (destinations[0] < 0) return;  // the warp only owns a piece
     char* const all = shared_memory<char>() + place.weights;
     const int64_t of_warp = BackwardShared::weight_bytes(kShape, 1, a.cut.k_tiles);

@@ -116,8 +116,9 @@ struct Bits<16> {
   using Type = uint4;
 };
 
+// By value: a copy from memory would be made byte by byte.
 template <class To, class From>
-FUSED_RNN_DEVICE To bit_cast(const From& from) {
+FUSED_RNN_DEVICE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "a cast of bits keeps the size");
   To to;
   memcpy(&to, &from, sizeof(To));
