@@ -127,7 +127,7 @@ struct BackwardShape {
   // Tiles that a warp multiplies at a time; with another warp beside it, two keep the tensor cores
   // busy.
   FUSED_RNN_FN constexpr int at_once() const {
-    if (element == 4 && m_tiles > 2) return 2;
+    if (m_tiles > 2 && (element == 4 || tiles == 2)) return 2;
     return m_tiles < 6 ? m_tiles : 3;
   }
   // Registers of a thread beside the weights: the sums and where they go; for 2 units of 2 rows the
@@ -136,7 +136,7 @@ struct BackwardShape {
   FUSED_RNN_FN constexpr int other_registers() const {
     return 4 * at_once() * tiles + m_tiles + 4 * states +
            element * (saved + 1 + 3 * states + gates + (gates == 3)) + 10 * (element - 2) +
-           8 * (gates == 3) + 82 - 4 * m_tiles;
+           8 * (gates == 3) + 24 * (tiles - 1) + 82 - 4 * m_tiles;
   }
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.

@@ -416,7 +416,7 @@ def test_tests_that_are_cut_are_counted_and_gone_on_with(tmp_path, monkeypatch):
     (folder / "test_cuda.py").write_text(slow)
     (folder / "test_other.py").write_text("def test_a(): pass\n")
     now = check(tmp_path)
-    assert not now.run("test", gpu_pieces.test, limit=6.0)
+    assert not now.run("test", gpu_pieces.test, limit=12.0)
     found = now.state["test"]["found"]["files"]
     assert found["test_cuda.py"]["status"] == "cut"
     assert found["test_cuda.py"]["tests"] >= 1
