@@ -7,6 +7,8 @@ CPP_FOLDERS := benchmarks/micro csrc csrc/cpu csrc/cuda tests/emulator tests/emu
 CPP_SOURCES = $(wildcard $(foreach kind,h cpp cu cuh,$(CPP_FOLDERS:=/*.$(kind))))
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op
+# One process a core; PYTEST="-n 0 ..." runs all tests in one, as a debugger wants it.
+PYTEST_OPTIONS := --durations=20 -n auto --maxprocesses 8 --dist loadgroup
 
 .PHONY: help bench test full sanitize cuda gpu-check lint format build compiled clean
 help:  ## print this list
@@ -16,10 +18,10 @@ bench: build  ## check against torch.nn, time against it, train a small language
 	$(BIN)/python benchmarks/run.py
 
 test: build  ## run the tests
-	$(BIN)/pytest --durations=20 $(PYTEST)
+	$(BIN)/pytest $(PYTEST_OPTIONS) $(PYTEST)
 
 full: build  ## run the tests on their complete grids, large ones sampled (PYTEST=--most=0: all)
-	$(BIN)/pytest --durations=20 --full $(PYTEST)
+	$(BIN)/pytest $(PYTEST_OPTIONS) --full $(PYTEST)
 
 # Python and torch keep memory to the end, so leaks are not looked for. The C++ run time must be
 # loaded with the sanitizer's, or the sanitizer does not find the throw that it intercepts. Memory
@@ -28,7 +30,7 @@ sanitize: .venv/installed  ## run the op tests on a build with the address and U
 	FUSED_RNN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED) \
-	$(BIN)/pytest --durations=20 $(SANITIZED_TESTS) $(PYTEST)
+	$(BIN)/pytest $(PYTEST_OPTIONS) $(SANITIZED_TESTS) $(PYTEST)
 
 cuda: .venv/installed  ## compile the CUDA library for every architecture; needs no GPU
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST= $(BIN)/python setup.py -q build --build-lib build/cuda

@@ -1,12 +1,16 @@
 """What every test runs under: one seed, one thread, exact float32, and ``--full``'s grids."""
 
+import fcntl
 import importlib.util
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numerics
 import pytest
 import torch
+
+LOCKS = Path(__file__).resolve().parents[1] / "build" / "locks"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,6 +48,25 @@ def pytest_configure(config: pytest.Config) -> None:
             database=None,
         )
         hypothesis.settings.load_profile("fused_rnn")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Under pytest-xdist: a test that is marked ``alone`` waits until the others have ended."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    alone = item.get_closest_marker("alone") is not None
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    with (LOCKS / "room").open("w") as room:
+        # One at a time through the door, or those who share the room would never leave it empty.
+        with (LOCKS / "door").open("w") as door:
+            fcntl.flock(door, fcntl.LOCK_EX)
+            fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        try:
+            return (yield)
+        finally:
+            # A process that the test left behind may hold the file open.
+            fcntl.flock(room, fcntl.LOCK_UN)
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ CHECK = ROOT / "csrc" / "check_cuda.py"
 # Where setup.py's build with this Python leaves what it compiles.
 OBJECTS = ROOT / "build" / f"release-{sys.implementation.cache_tag}"
 
+# One process builds the library for all tests of it.
+pytestmark = pytest.mark.xdist_group("cuda_build")
 needs_nvcc = pytest.mark.skipif(
     build.nvcc() is None,
     reason="needs nvcc, CUDA's compiler: pip install cuda-toolkit[cccl,cudart,nvcc]",

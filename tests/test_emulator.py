@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numerics
@@ -110,14 +111,14 @@ def test_wrong_use_is_reported_with_its_place(case: str) -> None:
 
 @functools.cache
 def thread_sanitizer_is_missing() -> str | None:
-    probe = build.BUILD / "thread_sanitizer_probe"
-    build.BUILD.mkdir(parents=True, exist_ok=True)
-    command = [*build.CXX, "-fsanitize=thread", "-x", "c++", "-", "-o", str(probe)]
-    source = "int main() {}"
-    linked = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
-    if linked.returncode != 0:
-        return f"{build.CXX[0]} has no ThreadSanitizer"
-    started = subprocess.run(["setarch", "-R", str(probe)], capture_output=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        probe = f"{folder}/probe"
+        command = [*build.CXX, "-fsanitize=thread", "-x", "c++", "-", "-o", probe]
+        source = "int main() {}"
+        linked = subprocess.run(command, input=source, capture_output=True, text=True, check=False)
+        if linked.returncode != 0:
+            return f"{build.CXX[0]} has no ThreadSanitizer"
+        started = subprocess.run(["setarch", "-R", probe], capture_output=True, check=False)
     return None if started.returncode == 0 else "ThreadSanitizer does not start on this kernel"
 
 

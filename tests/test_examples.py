@@ -12,6 +12,9 @@ import torch
 
 pytest.importorskip("matplotlib", reason="the examples that plot need matplotlib")
 
+# Programs whose results several tests look at run once.
+pytestmark = pytest.mark.xdist_group("examples")
+
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 PROGRAMS = sorted(path.stem for path in FOLDER.glob("*.py"))
 

@@ -144,6 +144,7 @@ def stands_still(beat):
     return beat.stat().st_size == size > 0
 
 
+@pytest.mark.alone
 def test_the_time_limit_ends_a_piece_with_its_children_and_the_next_one_runs(tmp_path, stubborn):
     program, beat = stubborn
 
@@ -162,6 +163,7 @@ def test_the_time_limit_ends_a_piece_with_its_children_and_the_next_one_runs(tmp
     assert stands_still(beat)
 
 
+@pytest.mark.alone
 def test_an_interrupt_ends_what_runs_and_what_was_found_is_kept(tmp_path, stubborn):
     program, beat = stubborn
 
@@ -406,6 +408,7 @@ def test_every_file_of_tests_has_its_place_on_a_machine_with_a_gpu():
     assert there >= gpu_pieces.LEFT_TO_CI
 
 
+@pytest.mark.alone
 def test_tests_that_are_cut_are_counted_and_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_pieces, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_run, "ROOT", tmp_path)

@@ -154,10 +154,12 @@ def is_fast(*process: Any, **settings: Any) -> bool:
     return any(in_a_process(*process, **settings) < SLOWER for _ in range(3))
 
 
+@pytest.mark.alone
 def test_fewer_threads_may_come_than_were_asked_for():
     assert is_fast(4, OMP_NUM_THREADS="4", OMP_THREAD_LIMIT="2")
 
 
+@pytest.mark.alone
 def test_eight_threads_on_one_core():
     taskset = shutil.which("taskset")
     if taskset is None:
@@ -166,10 +168,12 @@ def test_eight_threads_on_one_core():
     assert is_fast(8, prefix=(taskset, "-c", core), OMP_NUM_THREADS="8")
 
 
+@pytest.mark.alone
 def test_four_python_threads_at_once():
     assert is_fast(2, callers=4, OMP_NUM_THREADS="2")
 
 
+@pytest.mark.alone
 def test_inside_another_parallel_region():
     maps = Path("/proc/self/maps")
     if not maps.exists() or "libgomp" not in maps.read_text():
@@ -177,6 +181,7 @@ def test_inside_another_parallel_region():
     assert is_fast(2, callers=3, how="nested", OMP_NUM_THREADS="2")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("settings", [{"OMP_DYNAMIC": "true"}, {"OMP_WAIT_POLICY": "active"}])
 def test_other_settings_of_openmp(settings):
     assert is_fast(2, OMP_NUM_THREADS="2", **settings)

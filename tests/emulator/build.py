@@ -4,7 +4,9 @@ What was compiled is kept with a hash of the command and of every file it read, 
 the tests compiles nothing.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -12,7 +14,7 @@ import runpy
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,15 @@ def _is_current(stamp: Path, command: list[str]) -> bool:
     return all(map(os.path.exists, files)) and _digest(command, files) == digest
 
 
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """While one process makes a file, another that wants the same one waits for it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -65,12 +76,12 @@ def _compile(source: Path, flavour: str, flags: list[str]) -> Path:
     object_file = BUILD / flavour / source.parent.name / f"{source.stem}.o"
     stamp = object_file.with_suffix(".stamp")
     command = [*CXX, *FLAGS, *INCLUDES, *flags, "-c", str(source), "-o", str(object_file)]
-    if not _is_current(stamp, command):
-        object_file.parent.mkdir(parents=True, exist_ok=True)
-        depends = object_file.with_suffix(".d")
-        _run([*command, "-MMD", "-MF", str(depends)])
-        files = shlex.split(depends.read_text().partition(":")[2].replace("\\\n", " "))
-        stamp.write_text("\n".join([_digest(command, files), *files]))
+    with _locked(object_file):
+        if not _is_current(stamp, command):
+            depends = object_file.with_suffix(".d")
+            _run([*command, "-MMD", "-MF", str(depends)])
+            files = shlex.split(depends.read_text().partition(":")[2].replace("\\\n", " "))
+            stamp.write_text("\n".join([_digest(command, files), *files]))
     return object_file
 
 
@@ -98,9 +109,10 @@ def _link(objects: list[Path], target: Path, flags: list[str]) -> Path:
     files = list(map(str, objects))
     command = [*CXX, *files, *flags, "-o", str(target)]
     stamp = target.with_suffix(".stamp-link")
-    if not target.exists() or not _is_current(stamp, command):
-        _run(command)
-        stamp.write_text("\n".join([_digest(command, files), *files]))
+    with _locked(target):
+        if not target.exists() or not _is_current(stamp, command):
+            _run(command)
+            stamp.write_text("\n".join([_digest(command, files), *files]))
     return target
 
 
