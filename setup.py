@@ -295,7 +295,10 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
     )
     sources = {"describe": ("describe", ""), "register": ("register", "")}
     for scalar in ("float", "bf16", "fp16"):
-        sources[f"cluster.{scalar}"] = ("cluster", f"-DFUSED_RNN_SCALAR={scalar}")
+        define = f"-DFUSED_RNN_SCALAR={scalar}"
+        sources[f"cluster.{scalar}"] = ("cluster", define)
+        exact = " -DFUSED_RNN_EXACT" if scalar == "float" else ""
+        sources[f"grid.{scalar}"] = ("grid", define + exact)
     objects = [
         n.build(
             f"cuda.{name}.o",

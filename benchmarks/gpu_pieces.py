@@ -40,6 +40,7 @@ TESTS = {
     # CUDA's kernels; their other half, on the emulator, is the CPU's work.
     "test_cuda_stepwise.py": "-k gpu",
     "test_cuda_cluster.py": "-k gpu",
+    "test_cuda_grid.py": "-k gpu",
     "test_describe.py": "",
     "test_cuda.py": "",
     # The grids with the device as an axis.

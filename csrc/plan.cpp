@@ -42,17 +42,10 @@ constexpr double kTie = 0.9;
 // ---- Limits of the kernels' own making.
 
 constexpr int64_t kThreads = 256, kWarps = kThreads / 32;
-// Of grid's threads, beside the weights: assumed.
-constexpr int64_t kWorkingRegisters = 64;
-// A thread's part of an m16 x k16 tile of half types, or of m16 x k8 of TF32.
-constexpr int64_t kFragmentRegisters = 4;
 // mma's M; rows of the batch are its N, of which a warp keeps two tiles of 8 at a time.
 constexpr int64_t kM = 16, kColumns = 16;
-// mbarriers, lengths, alignment.
-constexpr int64_t kSharedRest = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 std::string number(double x, const char* unit) {
   char text[64];
@@ -93,7 +86,7 @@ struct Planner {
   double fma_per_cycle() const { return multiply_adds(problem.arithmetic, device.capability); }
 
   Plan stepwise() const;
-  std::string cannot_persist(int capability, bool exact, bool masks) const;
+  std::string cannot_persist(int capability, bool exact) const;
   std::string cluster(Plan* best) const;
   std::string grid(Plan* best) const;
 
@@ -104,8 +97,8 @@ struct Planner {
     int64_t team, granule, batch_tile, active;
   };
   // W_hh's part on a CTA as a matrix of M by K: it sums over K. Forward it is the CTA's gates by
-  // all of h. Backward it is all units by the CTA's gates, whose gradients it has: partial sums of
-  // dh travel. The grid's with one gate is the CTA's units by all gate gradients, which travel.
+  // all of h. Backward the cluster's is all units by the CTA's gates, whose gradients it has:
+  // partial sums of dh travel; the grid's the CTA's units by all gate gradients, which travel.
   struct Product {
     int64_t M, K;
     bool reduces;
@@ -116,9 +109,8 @@ struct Planner {
   BackwardShape shape_of_backward(int64_t batch_tile) const;
   void place_backward(const Cut& cut, Plan* plan) const;
   Product product(const Cut& cut, int64_t units) const;
-  void split_k(const Product& part, Plan* plan) const;
-  void place_weights(Plan* plan) const;
-  void place_rest(const Cut& cut, const Product& part, Plan* plan) const;
+  GridShape shape_of_grid(int64_t units, int64_t batch_tile) const;
+  void place_grid(const Cut& cut, Plan* plan) const;
   void predict(const Cut& cut, const Product& part, Plan* plan) const;
   double exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const;
   double product_cycles(const Product& part, int64_t k_split, int64_t columns) const;
@@ -154,18 +146,16 @@ Plan Planner::stepwise() const {
 }
 
 // Why no kernel that keeps W_hh on the chip runs this, whatever its size.
-std::string Planner::cannot_persist(int capability, bool exact, bool masks) const {
+std::string Planner::cannot_persist(int capability, bool exact) const {
   if (device.capability < capability)
     return "it needs sm_" + std::to_string(capability) + ", and this is sm_" +
            std::to_string(device.capability);
-  if (device.threads_per_block < kThreads || registers_of_thread() < kWorkingRegisters)
-    return "the device has no room for a CTA of 256 threads";
+  if (device.threads_per_block < kThreads || registers_of_thread() < kMostRegisters)
+    return "its kernels want 255 registers for each of 256 threads";
   if (problem.arithmetic == Arithmetic::kFp64) return "it does not compute in fp64";
   if (problem.arithmetic == Arithmetic::kFp32 && !exact)
     return "it multiplies on tensor cores, which have no exact fp32; TF32 is not allowed here";
   if (problem.P) return "it has no projection (proj_size)";
-  if (problem.h_mask && !masks) return "it has no recurrent dropout (h_mask)";
-  if (problem.keep && !masks) return "it has no zoneout (keep)";
   if (problem.T == 0 || problem.N == 0) return "there is no step to run";
   return "";
 }
@@ -173,7 +163,7 @@ std::string Planner::cannot_persist(int capability, bool exact, bool masks) cons
 Planner::Product Planner::product(const Cut& cut, int64_t units) const {
   const int64_t G = cell.gates, H = problem.H;
   if (!problem.backward) return {G * units, R, false};
-  if (G == 1 && cut.algorithm == Algorithm::kGrid) return {units, G * H, false};
+  if (cut.algorithm == Algorithm::kGrid) return {units, G * H, false};
   return {R, G * units, true};
 }
 
@@ -186,51 +176,11 @@ double Planner::product_cycles(const Product& part, int64_t k_split, int64_t col
   return std::max(chain, tiles * kM * 8 * k / (fma_per_cycle() * kMmaShare));
 }
 
-// Each warp has its rows and its part of K. More parts of K shorten the chain of dependent mma's;
-// fewer mean fewer sums to exchange afterwards.
-void Planner::split_k(const Product& part, Plan* plan) const {
-  const int64_t m_tiles = ceil_div(part.M, kM), k_tiles = ceil_div(part.K, 32 / bytes);
-  const auto cycles = [&](int64_t k) { return product_cycles(part, k, plan->batch_tile); };
-  int64_t& k = plan->k_split;
-  while (k < kWarps && 2 * k <= k_tiles && (kWarps / k > m_tiles || cycles(2 * k) < cycles(k)))
-    k *= 2;
-}
-
-// Registers first: reading weights from shared memory takes a cycle for 128 bytes, each step.
-void Planner::place_weights(Plan* plan) const {
-  const int64_t room =
-      (registers_of_thread() - kWorkingRegisters) / kFragmentRegisters * kFragmentRegisters;
-  const int64_t wanted = round_up(ceil_div(plan->weight_bytes, 4 * kThreads), kFragmentRegisters);
-  const int64_t held = std::min(room, wanted);
-  plan->threads = kThreads;
-  plan->registers = kWorkingRegisters + held;
-  plan->register_bytes = std::min(plan->weight_bytes, held * 4 * kThreads);
-  plan->shared_weight_bytes = plan->weight_bytes - plan->register_bytes;
-}
-
-void Planner::place_rest(const Cut& cut, const Product& part, Plan* plan) const {
-  const int64_t tile = cut.batch_tile, K = round_up(part.K, 32 / bytes);
-  // The product's input, h or gate gradients.
-  int64_t rest = tile * K * bytes;
-  // Carried states in fp32.
-  rest += cell.states * tile * plan->units * 4;
-  // A step's input from global memory is fetched one step ahead: gx; backward dh, saved, states.
-  const int64_t fetched = problem.backward ? 1 + cell.saved + cell.states : cell.gates;
-  rest += 2 * fetched * tile * plan->units * bytes;
-  // Sums over the parts of K: one part stays in registers.
-  rest += (plan->k_split - 1) * round_up(part.M, kM) * std::min(tile, kColumns) * 4;
-  plan->shared_bytes = plan->shared_weight_bytes + rest + kSharedRest;
-
-  // Two slots of words that carry their step's number.
-  const double words = exchanged_bytes(cut, part, plan->units) * tile;
-  plan->workspace_bytes = int64_t(2 * words * plan->teams * (part.reduces ? cut.team : 1));
-}
-
 // What a CTA receives for one row of the batch in one step.
 double Planner::exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const {
   const int64_t values = part.reduces ? cut.team * units : part.K;
-  if (cut.algorithm == Algorithm::kGrid)  // 8 bytes: three halves or one fp32, and the number
-    return 8.0 * (part.reduces || bytes == 4 ? values : ceil_div(values, 3));
+  if (cut.algorithm == Algorithm::kGrid)  // words of 8 bytes: three halves or one float, numbered
+    return 8.0 * ceil_div(part.K, cut.granule) * (bytes == 4 ? cut.granule : (cut.granule + 2) / 3);
   const double of_peers = double(cut.team - 1) / cut.team;
   return of_peers * values * (part.reduces ? 4 : bytes);
 }
@@ -299,11 +249,34 @@ void Planner::place_backward(const Cut& cut, Plan* plan) const {
   plan->shared_bytes = BackwardShared(shape, warps).bytes;
 }
 
+// grid_layout.h says how.
+GridShape Planner::shape_of_grid(int64_t units, int64_t batch_tile) const {
+  return grid_shape(int(cell.gates), int(cell.states), int(cell.saved), int(bytes),
+                    problem.arithmetic == Arithmetic::kFp32, problem.backward, units, batch_tile);
+}
+
+void Planner::place_grid(const Cut& cut, Plan* plan) const {
+  const GridShape shape = shape_of_grid(plan->units, cut.batch_tile);
+  if (shape.m_tiles == 0) return;  // more units than its kernels take: misfit says so
+  const GridCut warps = grid_cut(shape, problem.H, cut.team, plan->teams, cut.granule);
+  const int64_t tile_bytes = 32 * 16;
+  plan->k_split = warps.parts;
+  plan->threads = kThreads;
+  plan->weight_bytes = warps.parts * warps.part_tiles * shape.m_tiles * tile_bytes;
+  plan->shared_weight_bytes = GridShared::weight_bytes(shape, warps.parts, warps.part_tiles);
+  plan->register_bytes = plan->weight_bytes - plan->shared_weight_bytes;
+  plan->registers =
+      shape.other_registers() + 4 * shape.m_tiles * std::min(shape.held(), warps.part_tiles);
+  plan->shared_bytes = GridShared(shape, warps).bytes;
+  plan->workspace_bytes = 8 * grid_words(shape, warps);
+}
+
 Plan Planner::lay_out(const Cut& cut) const {
   Plan plan;
   plan.algorithm = cut.algorithm;
   plan.team = cut.team;
   plan.batch_tile = cut.batch_tile;
+  plan.granule = cut.granule;
   plan.tiles = ceil_div(problem.N, cut.batch_tile);
   plan.teams = std::min(cut.active, plan.tiles);
   plan.waves = ceil_div(plan.tiles, plan.teams);
@@ -316,19 +289,17 @@ Plan Planner::lay_out(const Cut& cut) const {
     plan.units = std::max(plan.units, plan.unit_bounds[i + 1] - plan.unit_bounds[i]);
   plan.rows = cell.gates * plan.units;
   const Product part = product(cut, plan.units);
-  if (cut.algorithm == Algorithm::kCluster) {
+  if (cut.algorithm == Algorithm::kGrid)
+    place_grid(cut, &plan);
+  else
     problem.backward ? place_backward(cut, &plan) : place_forward(cut, &plan);
-  } else {
-    plan.weight_bytes = round_up(part.M, kM) * round_up(part.K, 32 / bytes) * bytes;
-    split_k(part, &plan);
-    place_weights(&plan);
-    place_rest(cut, part, &plan);
-  }
   predict(cut, part, &plan);
   return plan;
 }
 
 std::string Planner::misfit(const Plan& plan) const {
+  if (plan.weight_bytes == 0 && plan.algorithm == Algorithm::kGrid)
+    return std::to_string(plan.units) + " units of a CTA are more than its warps take";
   if (plan.weight_bytes == 0)
     return std::to_string(problem.H) + " units are more than its warps take back";
   const std::string size = std::to_string(plan.team) +
@@ -348,7 +319,10 @@ std::string Planner::misfit(const Plan& plan) const {
 void Planner::consider(const Cut& cut, Plan* best, Plan* nearest) const {
   const Plan plan = lay_out(cut);
   if (!misfit(plan).empty()) {
-    if (nearest->ctas == 0 || plan.shared_bytes < nearest->shared_bytes) *nearest = plan;
+    // Without weights there is no kernel for it: anything else is nearer.
+    const bool nearer = nearest->weight_bytes == 0 ||
+                        (plan.weight_bytes && plan.shared_bytes < nearest->shared_bytes);
+    if (nearer) *nearest = plan;
   } else if (best->ctas == 0 || plan.total_us(problem.T) < best->total_us(problem.T)) {
     *best = plan;
   }
@@ -361,10 +335,8 @@ std::string Planner::verdict(const Plan& best, const Plan& nearest) const {
 }
 
 std::string Planner::cluster(Plan* best) const {
-  const std::string reason = cannot_persist(80, false, true);
+  const std::string reason = cannot_persist(80, false);
   if (!reason.empty()) return reason;
-  if (registers_of_thread() < kMostRegisters)
-    return "its kernels want 255 registers for each of 256 threads";
   // New h goes to the peers in messages of 16 bytes: 8 units of half types, 4 of TF32. Sums of dh
   // go in whole tiles.
   const int64_t granule = problem.backward ? BackwardShape::kUnits : 16 / bytes;
@@ -380,15 +352,20 @@ std::string Planner::cluster(Plan* best) const {
 }
 
 std::string Planner::grid(Plan* best) const {
-  const std::string reason = cannot_persist(80, true, false);
+  const std::string reason = cannot_persist(80, true);
   if (!reason.empty()) return reason;
+  const bool exact = problem.arithmetic == Arithmetic::kFp32;
   Plan nearest;
   for (int64_t groups = 1; groups <= device.sms; groups *= 2) {
-    const int64_t units = ceil_div(problem.H, device.sms / groups);
-    const int64_t team = ceil_div(problem.H, units);  // no CTA without a unit
-    for (int64_t tile = 8; tile <= 128 && (tile == 8 || tile / 2 < problem.N); tile *= 2)
-      if (groups <= ceil_div(problem.N, tile))
-        consider({Algorithm::kGrid, team, 1, tile, groups}, best, &nearest);
+    // Four halves take two words of three; eight take three.
+    for (int64_t granule = 4; granule <= 16 / bytes; granule *= 2) {
+      const int64_t blocks = ceil_div(problem.H, granule);
+      const int64_t of_cta = ceil_div(blocks, device.sms / groups);
+      const int64_t team = ceil_div(blocks, of_cta);  // no CTA without a unit
+      for (int64_t tile = 8; tile <= (exact ? 8 : 16) && (tile == 8 || 8 < problem.N); tile *= 2)
+        if (groups <= ceil_div(problem.N, tile))
+          consider({Algorithm::kGrid, team, granule, tile, groups}, best, &nearest);
+    }
   }
   return verdict(*best, nearest);
 }
@@ -415,7 +392,7 @@ const Cost& Plan::limit() const {
 }
 
 Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::string& algorithm,
-                 bool built_only) {
+                 bool proven_only) {
   check(problem, device);
   const Planner planner{problem, device};
   Choice choice;
@@ -424,14 +401,12 @@ Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::strin
   choice.refusals[2] = planner.grid(&choice.plans[2]);
 
   const auto total = [&](int i) { return choice.plans[i].total_us(problem.T); };
-  const auto built = [&](int i) { return kAlgorithms[i].built(problem.backward); };
   int runs = 0, fastest = 0, least = 0;
   for (int i = 1; i < 3; ++i) {
     if (!choice.refusals[i].empty()) continue;
     if (total(i) < total(least)) least = i;
     if (total(i) < kTie * total(fastest)) fastest = i;
-    if ((!built_only || (built(i) && kAlgorithms[i].proven)) && total(i) < kTie * total(runs))
-      runs = i;
+    if ((!proven_only || kAlgorithms[i].proven) && total(i) < kTie * total(runs)) runs = i;
   }
 
   if (algorithm != "auto") {
@@ -439,17 +414,14 @@ Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::strin
     if (runs == 3)
       throw std::invalid_argument("unknown algorithm '" + algorithm +
                                   "': expected 'auto', 'stepwise', 'cluster' or 'grid'");
-    const std::string reason = choice.refusals[runs].empty() && built_only && !built(runs)
-                                   ? "it is not built yet"
-                                   : choice.refusals[runs];
+    const std::string& reason = choice.refusals[runs];
     if (!reason.empty())
       throw std::runtime_error("algorithm '" + algorithm + "' cannot run this: " + reason);
     choice.why = "asked for";
   } else if (runs != fastest) {
-    choice.why =
-        std::string(kAlgorithms[fastest].name) + " is predicted to be faster, " +
-        number(choice.plans[fastest].us_per_step, "µs") + " a step, but " +
-        (built(fastest) ? "has not run on a GPU yet: ask for it by name" : "is not built yet");
+    choice.why = std::string(kAlgorithms[fastest].name) + " is predicted to be faster, " +
+                 number(choice.plans[fastest].us_per_step, "µs") +
+                 " a step, but has not run on a GPU yet: ask for it by name";
   } else if (runs == 0 && !choice.refusals[1].empty() && !choice.refusals[2].empty()) {
     choice.why = "nothing else can run this";
   } else if (runs != least) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cluster_layout.h"
+#include "grid_layout.h"
 
 namespace fused_rnn {
 
@@ -17,16 +18,13 @@ enum class Algorithm { kStepwise, kCluster, kGrid };
 
 struct AlgorithmInfo {
   const char* name;
-  bool forward, backward;  // built; what is not is planned and reported, and never runs
-  bool proven;             // has run on a GPU; before that it runs only where asked for by name
-
-  constexpr bool built(bool of_backward) const { return of_backward ? backward : forward; }
+  bool proven;  // has run on a GPU; before that it runs only where asked for by name
 };
 
 inline constexpr AlgorithmInfo kAlgorithms[] = {
-    {"stepwise", true, true, true},  // a GEMM and a pointwise kernel a step: runs everything
-    {"cluster", true, true, false},  // a cluster of CTAs holds W_hh and runs a batch tile for all T
-    {"grid", false, false, false},   // all SMs hold W_hh together; h crosses L2
+    {"stepwise", true},  // a GEMM and a pointwise kernel a step: runs everything
+    {"cluster", false},  // a cluster of CTAs holds W_hh and runs a batch tile for all T
+    {"grid", false},     // all SMs hold W_hh together; h crosses L2
 };
 
 // What the recurrent product is computed in.
@@ -59,7 +57,6 @@ struct PlanProblem {
   Arithmetic arithmetic = Arithmetic::kFp32;
   int64_t T = 0, N = 0, H = 0, P = 0;  // P = 0: no projection
   bool backward = false;
-  bool h_mask = false, keep = false;  // recurrent dropout, zoneout
 };
 
 struct Cost {
@@ -76,6 +73,7 @@ struct Plan {
   int64_t tiles = 0;       // ceil(N / batch_tile)
   int64_t waves = 1;       // ceil(tiles / teams): tiles that run one after another
   int64_t ctas = 0;        // of the launch; 0: torch's GEMM decides
+  int64_t granule = 1;     // units are dealt to CTAs in blocks of so many
   int64_t units = 0;       // hidden units of the CTA that has most of them
   int64_t rows = 0;        // their rows of W_hh, G * units
   std::vector<int64_t> unit_bounds;  // CTA i of a team owns units [bounds[i], bounds[i + 1])
@@ -94,15 +92,15 @@ struct Plan {
 struct Choice {
   std::array<Plan, 3> plans;
   std::array<std::string, 3> refusals;  // "" where there is a plan
-  Algorithm runs, fastest;              // fastest: of all that have a plan, built or not
+  Algorithm runs, fastest;              // fastest: of all that have a plan
   std::string why;
 };
 
 // `algorithm` is a name of kAlgorithms, or "auto" for the one predicted to be fastest. With
-// built_only, what is not built is planned but does not run, nor by "auto" what is not proven.
+// proven_only, "auto" does not run what is not proven.
 // Throws std::invalid_argument for a problem or a name that makes no sense, std::runtime_error
 // with the reason where the named algorithm cannot run the problem.
 Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::string& algorithm,
-                 bool built_only);
+                 bool proven_only);
 
 }  // namespace fused_rnn

@@ -52,11 +52,10 @@ Gpu to_gpu(const py::dict& d) {
   return gpu;
 }
 
-py::dict to_dict(const Plan& plan, bool backward) {
+py::dict to_dict(const Plan& plan) {
   const AlgorithmInfo& algorithm = kAlgorithms[int(plan.algorithm)];
   py::dict d;
   d["algorithm"] = algorithm.name;
-  d["built"] = algorithm.built(backward);
   d["proven"] = algorithm.proven;
   d["team"] = plan.team;
   d["teams"] = plan.teams;
@@ -85,18 +84,18 @@ py::dict to_dict(const Plan& plan, bool backward) {
 }
 
 py::dict plan(const py::dict& device, const std::string& cell, const std::string& arithmetic,
-              int64_t T, int64_t N, int64_t H, int64_t P, bool backward, bool h_mask, bool keep,
-              const std::string& algorithm, bool built_only) {
+              int64_t T, int64_t N, int64_t H, int64_t P, bool backward,
+              const std::string& algorithm, bool proven_only) {
   PlanProblem problem;
   problem.cell = find(kCellShapes, cell, "cell");
   problem.arithmetic = Arithmetic(find(kArithmetics, arithmetic, "arithmetic"));
   problem.T = T, problem.N = N, problem.H = H, problem.P = P;
-  problem.backward = backward, problem.h_mask = h_mask, problem.keep = keep;
-  const Choice choice = make_plan(problem, to_gpu(device), algorithm, built_only);
+  problem.backward = backward;
+  const Choice choice = make_plan(problem, to_gpu(device), algorithm, proven_only);
   py::dict plans, refusals, d;
   for (size_t i = 0; i < choice.plans.size(); ++i) {
     if (choice.refusals[i].empty())
-      plans[kAlgorithms[i].name] = to_dict(choice.plans[i], backward);
+      plans[kAlgorithms[i].name] = to_dict(choice.plans[i]);
     else
       refusals[kAlgorithms[i].name] = choice.refusals[i];
   }
@@ -114,8 +113,8 @@ void bind_plan(pybind11::module_& m) {
   m.def("plan", &plan,
         "The CUDA plan of one layer in one direction on a device, as fused_rnn.plan describes it.",
         py::kw_only(), py::arg("device"), py::arg("cell"), py::arg("arithmetic"), py::arg("T"),
-        py::arg("N"), py::arg("H"), py::arg("P"), py::arg("backward"), py::arg("h_mask"),
-        py::arg("keep"), py::arg("algorithm"), py::arg("built_only"));
+        py::arg("N"), py::arg("H"), py::arg("P"), py::arg("backward"), py::arg("algorithm"),
+        py::arg("proven_only"));
 }
 
 }  // namespace fused_rnn

@@ -40,8 +40,6 @@ def plan(
     H: int,
     P: int,
     backward: bool,
-    h_mask: bool,
-    keep: bool,
     algorithm: str,
-    built_only: bool,
+    proven_only: bool,
 ) -> Choice: ...

@@ -6,7 +6,6 @@ plan; ``docs/cuda-plan.md`` has its formulae and where its constants come from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,6 @@ _ARITHMETIC = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
 }
-_OPTIONS = ("control", "rows", "h_mask", "keep")
 
 
 @dataclass(frozen=True)
@@ -140,8 +138,7 @@ class Plan:
         problem: what is run, and on which device, in words.
         algorithm: ``"stepwise"`` (a GEMM and a pointwise kernel a step), ``"cluster"`` (clusters of
             CTAs that hold ``W_hh``) or ``"grid"`` (all SMs hold ``W_hh`` together).
-        built: whether this version has the kernel.
-        proven: whether that kernel has run on a GPU; before that it runs only by name.
+        proven: whether its kernels have run on a GPU; before that it runs only by name.
         team: CTAs that hold ``W_hh`` together: the cluster, or a group of the grid's CTAs.
         teams: how many are at work at a time.
         batch_tile: rows of the batch that a team runs together; tile ``i`` is rows
@@ -166,13 +163,12 @@ class Plan:
         us_per_step: predicted µs of a step of the whole batch.
         setup_us: predicted µs before the first step.
         why: the reason for the choice.
-        wanted: where a faster algorithm is planned but not built or not proven, its plan.
+        wanted: where a faster algorithm is planned but not proven, its plan.
         refusals: each algorithm that cannot run the problem, and why.
     """
 
     problem: str
     algorithm: str
-    built: bool
     proven: bool
     team: int
     teams: int
@@ -223,9 +219,8 @@ class Plan:
             "  costs     " + "; ".join(f"{what}: {us:.2f} µs" for what, us in self.costs),
         ]
         if self.wanted is not None:
-            state = "by name  " if self.wanted.built else "not built"
             lines.append(
-                f"  {state} {self.wanted.algorithm}, predicted {self.wanted.us_per_step:.2f} µs "
+                f"  by name   {self.wanted.algorithm}, predicted {self.wanted.us_per_step:.2f} µs "
                 f"a step, limit {self.wanted.limit}: {self.wanted.layout()}"
             )
         lines += [f"  {name:<9} {reason}" for name, reason in self.refusals.items()]
@@ -243,9 +238,8 @@ def plan(
     device: Device,
     backward: bool = False,
     tf32: bool = False,
-    options: Iterable[str] = (),
     algorithm: str = "auto",
-    built_only: bool = True,
+    proven_only: bool = True,
 ) -> Plan:
     """Plan one layer in one direction on a CUDA device.
 
@@ -259,13 +253,10 @@ def plan(
         device: the GPU, from :func:`describe` or out of :data:`KNOWN_DEVICES`.
         backward: plan the backward pass. Default: ``False``
         tf32: float32 may be multiplied in TF32. Default: ``False``
-        options: what acts inside the loop, out of ``"control"`` (resets, lengths), ``"rows"``
-            (packed input), ``"h_mask"`` and ``"keep"``. Default: none
         algorithm: one of :data:`ALGORITHMS`, or ``"auto"`` for the one predicted to be the fastest.
             Default: ``"auto"``
-        built_only: choose among the algorithms that this version has, and that have run on a GPU;
-            the fastest of the others stands in ``wanted``. ``False`` plans as if all were built and
-            proven. Default: ``True``
+        proven_only: choose among the algorithms that have run on a GPU; the fastest of the others
+            stands in ``wanted``. Default: ``True``
 
     Raises:
         ValueError: an argument makes no sense.
@@ -281,10 +272,6 @@ def plan(
             f"expected float64, float32, bfloat16 or float16, and dtype is {str(dtype)[6:]}"
         )
     arithmetic = "tf32" if tf32 and dtype is torch.float32 else _ARITHMETIC[dtype]
-    options = tuple(options)
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}: expected one of {', '.join(_OPTIONS)}")
     choice = _C.plan(
         device=vars(device),
         cell=cell,
@@ -294,10 +281,8 @@ def plan(
         H=H,
         P=P,
         backward=backward,
-        h_mask="h_mask" in options,
-        keep="keep" in options,
         algorithm=algorithm,
-        built_only=built_only,
+        proven_only=proven_only,
     )
     sizes = f"T={T} N={N} H={H}" + (f" P={P}" if P else "")
     shared: dict[str, Any] = {
@@ -308,8 +293,7 @@ def plan(
         "refusals": choice["refusals"],
     }
     wanted, fastest = None, choice["plans"][choice["fastest"]]
-    if built_only and not (fastest["built"] and fastest["proven"]):
-        missing = "run on a GPU" if fastest["built"] else "built"
-        why = f"predicted to be the fastest, but not {missing} yet"
+    if proven_only and not fastest["proven"]:
+        why = "predicted to be the fastest, but not run on a GPU yet"
         wanted = Plan(**fastest, **shared, why=why, wanted=None)
     return Plan(**choice["plans"][choice["runs"]], **shared, why=choice["why"], wanted=wanted)

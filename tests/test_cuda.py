@@ -94,7 +94,7 @@ def test_the_table_in_the_package_is_read():
 
 
 @pytest.mark.parametrize(
-    ("changed", "built", "expected"),
+    ("changed", "proven", "expected"),
     [
         ({"cell": "gru"}, True, "cuda"),  # STANDARD, and the weights fit the chip
         ({"cell": "gru"}, False, "torch"),
@@ -108,14 +108,14 @@ def test_the_table_in_the_package_is_read():
     ],
     ids=str,
 )
-def test_auto_without_a_measurement(changed, built, expected, on_h200, monkeypatch):
+def test_auto_without_a_measurement(changed, proven, expected, on_h200, monkeypatch):
     """Ours where torch would launch for each step and ours would not."""
-    if built:
+    if proven:
 
-        def as_if_built(*args, **keywords):
-            return plan(*args, **keywords, built_only=False)
+        def as_if_proven(*args, **keywords):
+            return plan(*args, **keywords, proven_only=False)
 
-        monkeypatch.setattr(backends.cuda, "plan", as_if_built)
+        monkeypatch.setattr(backends.cuda, "plan", as_if_proven)
     assert expected == backends.choose(problem(**changed), "auto")[0].NAME
 
 
@@ -210,7 +210,7 @@ def test_the_explanation_holds_the_plan_for_the_gpu_or_why_there_is_none(known, 
     monkeypatch.setattr(backends.cuda, "describe", describe)
     text = backends.cuda.explain(problem(packed=True))
     assert text.startswith("stepwise")
-    assert ("not built grid, predicted" in text) == known
+    assert ("by name   grid, predicted" in text) == known
     assert ("T=1024 N=16 H=768" in text) == known
     assert ("no plan: there is no moon tonight" in text) != known
 

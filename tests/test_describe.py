@@ -54,7 +54,7 @@ HOPPER = Device(
 
 def test_every_field_arrives_in_its_unit(fake):
     assert describe(1) == HOPPER
-    assert plan("lstm", torch.bfloat16, T=8, N=16, H=256, device=describe(1), built_only=False)
+    assert plan("lstm", torch.bfloat16, T=8, N=16, H=256, device=describe(1), proven_only=False)
 
 
 def test_before_sm_90_there_are_no_clusters(fake):

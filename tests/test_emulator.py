@@ -28,7 +28,8 @@ def cases(name: str) -> list[str]:
     return re.findall(r'\{"(\w+)", ', (CASES / f"{name}.cpp").read_text())
 
 
-DRIVERS = ("block", "cluster", "matrix", "cluster_forward", "cluster_backward")
+KERNELS = ("cluster_forward", "cluster_backward", "grid_forward", "grid_backward")
+DRIVERS = ("block", "cluster", "matrix", *KERNELS)
 RIGHT = [(name, case) for name in DRIVERS for case in cases(name)]
 
 # What each wrong kernel is caught by: here under some schedule, below under every one.
@@ -163,8 +164,8 @@ def declared(folder: Path) -> set[str]:
     return names
 
 
-# Of one side only: how it traps, says a conversion, or writes one text for several types.
-PRIVATE = {"unsupported", "FUSED_RNN_WORD", "FUSED_RNN_MMA", "float_bits", "bits_float"}
+# Of one side only: how it traps, or writes one text for several types.
+PRIVATE = {"unsupported", "FUSED_RNN_WORD", "FUSED_RNN_MMA"}
 
 
 def test_stand_in_declares_the_same_names_and_one_kernel_uses_them_all() -> None:
@@ -225,14 +226,18 @@ def test_only_the_primitives_use_intrinsics_and_ptx() -> None:
         assert found is None, f"{file}: {found}"
 
 
-# The cluster kernels, wrong on purpose: what stands there, what instead, and whether it takes
+# Kernels wrong on purpose: the file, what stands there, what instead, and whether it takes
 # ThreadSanitizer to see it.
 WRONG_FORWARD = {
     "no-wait": ("mbarrier_wait(arrived + step % 2, int((step - 1) / 2 % 2));", ";", False),
-    "too-few-bytes": ("((a.H + kChunk - 1) / kChunk) * 16)", "(a.H / kChunk) * 16)", False),
+    "too-few-bytes": (
+        "((a.layer.H + kChunk - 1) / kChunk) * 16)",
+        "(a.layer.H / kChunk) * 16)",
+        False,
+    ),
     "one-buffer": ("(step & 1) * kColumns", "0 * kColumns", False),
     "no-zeros": ("if (part == 0) store(staging + i, from_float<T>(0));", ";", False),
-    "sends-to-the-end": ("if (step + 1 < a.count) {", "{", False),
+    "sends-to-the-end": ("if (step + 1 < a.layer.count) {", "{", False),
     "no-meeting-of-parts": ("sync_threads(1 + group, 32 * a.cut.parts);", ";", False),
     "sends-too-early": ("sync_warp();\n    for (int i = lane()", "for (int i = lane()", True),
     "starts-too-early": ("      cluster_sync();", "      ;", False),
@@ -244,28 +249,50 @@ WRONG_BACKWARD = {
     "one-operand": ("(turn & 1) * kShape", "0 * kShape", True),
     "no-zeros": ("store(operands + i, from_float<T>(0));", ";", False),
     "no-meeting": ("    sync_block();\n    warp.multiply", "    warp.multiply", False),
-    "swapped-units": ("sum[2 * i + j]", "sum[2 * j + i]", False),
+    "swapped-units": ("{sum[j], sum[2 + j]}", "{sum[2 * j], sum[2 * j + 1]}", False),
     "starts-too-early": ("      cluster_sync();", "      ;", False),
 }
-WRONG_CLUSTERS = {
-    f"{way}-{name}": (f"cluster_{way}", *change)
-    for way, changes in (("forward", WRONG_FORWARD), ("backward", WRONG_BACKWARD))
-    for name, change in changes.items()
+WRONG_GRID = {
+    "no-wait": ("if (!is_of(value, turn))", "if (false)", False),
+    "one-slot": ("(turn & 1) * team.cut.groups", "0 * team.cut.groups", False),
+    "words-swapped": ("values[1] << 48;", "values[2] << 48;", False),
+    "no-number": ("value | number(turn));", "value | number(0));", False),
+    "too-many-rows": ("return row + column < team.N;", "return true;", False),
 }
-TOLD = ("forward-no-wait", "backward-one-buffer-of-sums", "backward-no-zeros")
+WRONG_GRID_FORWARD = {
+    "no-meeting-of-parts": ("multiply();\n      sync_block();", "multiply();", False),
+    "multiplies-too-early": ("sync_block();\n      block.multiply", "block.multiply", False),
+}
+WRONG = {
+    f"{name}-{mistake}": (f"{name}.cpp", f"{file}.cuh", *change)
+    for name, file, changes in (
+        ("cluster_forward", "cluster_forward", WRONG_FORWARD),
+        ("cluster_backward", "cluster_backward", WRONG_BACKWARD),
+        ("grid_forward", "grid", WRONG_GRID),
+        ("grid_forward", "grid_forward", WRONG_GRID_FORWARD),
+        ("grid_backward", "grid_backward", WRONG_GRID_FORWARD),
+    )
+    for mistake, change in changes.items()
+}
+TOLD = (
+    "cluster_forward-no-wait",
+    "cluster_backward-one-buffer-of-sums",
+    "grid_forward-no-wait",
+    "grid_backward-multiplies-too-early",
+)
 
 
-@pytest.mark.parametrize("name", WRONG_CLUSTERS if numerics.FULL else TOLD)
-def test_the_cluster_kernels_wrong_on_purpose_are_caught(name, tmp_path):
-    kernel_name, right, wrong, by_thread_sanitizer = WRONG_CLUSTERS[name]
+@pytest.mark.parametrize("name", WRONG if numerics.FULL else TOLD)
+def test_kernels_wrong_on_purpose_are_caught(name, tmp_path):
+    driver_name, file, right, wrong, by_thread_sanitizer = WRONG[name]
     changed = tmp_path / name
     shutil.copytree(
         build.ROOT / "csrc", changed, ignore=shutil.ignore_patterns("primitives*", "cpu")
     )
-    kernel = changed / "cuda" / f"{kernel_name}.cuh"
+    kernel = changed / "cuda" / file
     source = kernel.read_text()
     assert source.count(right) == 1, f"the kernel no longer has {right!r} once"
     kernel.write_text(source.replace(right, wrong))
-    program = build.build(CASES / f"{kernel_name}.cpp", by_thread_sanitizer, changed)
-    said = build.run(program, "two", 5 if by_thread_sanitizer else 20)
+    program = build.build(CASES / driver_name, by_thread_sanitizer, changed)
+    said = build.run(program, cases(Path(driver_name).stem)[-1], 5 if by_thread_sanitizer else 20)
     assert any(text != "ok" for text in said.values())

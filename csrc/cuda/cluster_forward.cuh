@@ -14,25 +14,15 @@
 #pragma once
 
 #include "../cluster_layout.h"
-#include "layer.cuh"
-#include "stepwise_forward.cuh"
+#include "forward_layer.cuh"
 #include "weights.cuh"
 
 namespace fused_rnn::cuda {
 
 template <class T>
 struct ClusterForward {
-  using A = arithmetic_t<T>;
-  Loop loop;
-  int64_t first, count;  // the steps to run
-  int64_t N, H;
+  ForwardLayer<T> layer;
   ClusterCut cut;
-  const A* gx;  // products of the input from row gx_first on, or null: x is the product
-  int64_t gx_first;
-  const T *x, *w_hh, *b_ih, *b_hh;  // biases: or null
-  const T* h_mask;                  // [N, H], or null
-  T *h, *c, *saved;                 // c, saved: or null
-  A *h_n, *c_n;                     // the carried states, read before and written after
 };
 
 // A warp's view: who it is, its registers, and what it does in a step.
@@ -55,9 +45,8 @@ struct ClusterWarp {
   int64_t row, unit, units_end;  // the first of the tile, of the warp; past the block's last
 
   Weights<T, kM, kHeld> weights;
-  A bias_x[kBlocks][kGates], bias_h[kBlocks][kGates];
-  A gx[kBlocks][kTiles][2][kGates];
-  A states[kBlocks][kTiles][2][Cell::kStates];
+  Biases<Cell, T> biases[kBlocks];
+  ForwardUnit<Cell, T> units[kBlocks][kTiles][2];
 
   FUSED_RNN_DEVICE explicit ClusterWarp(const ClusterForward<T>& args)
       : a(args), place(kShape, args.cut.groups, args.cut.parts, args.cut.part_tiles) {
@@ -70,8 +59,8 @@ struct ClusterWarp {
     part = warp() / groups;
     group = warp() % groups;
     row = int64_t(block_index().x / a.cut.team) * kColumns;
-    unit = unit_begin(a.H, kChunk, a.cut.team, rank) + group * kUnits;
-    units_end = unit_begin(a.H, kChunk, a.cut.team, rank + 1);
+    unit = unit_begin(a.layer.H, kChunk, a.cut.team, rank) + group * kUnits;
+    units_end = unit_begin(a.layer.H, kChunk, a.cut.team, rank + 1);
     staging += group * kColumns * kUnits;
   }
 
@@ -96,7 +85,7 @@ struct ClusterWarp {
     for (int i = 0; i < 2 * kBlocks * kTiles; ++i) {
       const int block = i / (2 * kTiles), tile = i / 2 % kTiles, j = i % 2;
       const int64_t n = row + column_of(tile, j), u = unit_of(block);
-      if (n < a.N && u < units_end) run(block, tile, j, n, u);
+      if (n < a.layer.N && u < units_end) run(block, tile, j, n, u);
     }
   }
 
@@ -108,14 +97,14 @@ struct ClusterWarp {
     for (int half = 0; half < 2 * kM; ++half) {
       const int64_t u = unit_of(half / kGates);
       const bool exists = half < kBlocks * kGates && u < units_end;
-      rows[half] = exists ? a.w_hh + (half % kGates * a.H + u) * a.H : nullptr;
+      rows[half] = exists ? a.layer.w_hh + (half % kGates * a.layer.H + u) * a.layer.H : nullptr;
     }
     char* const all = shared_memory<char>() + place.weights;
     const int64_t of_warp = ClusterShared::weight_bytes(kShape, 1, a.cut.part_tiles);
     weights.load(reinterpret_cast<uint32_t*>(all + warp() * of_warp), a.cut.part_tiles,
                  [&](int m, int half, int k) {
                    const T* const row = rows[2 * m + half];
-                   return row && first + k < a.H ? load(row + first + k) : from_float<T>(0);
+                   return row && first + k < a.layer.H ? load(row + first + k) : from_float<T>(0);
                  });
   }
 
@@ -143,14 +132,13 @@ struct ClusterWarp {
       return;
     }
     if (step > 0) mbarrier_wait(arrived + step % 2, int((step - 1) / 2 % 2));
-    if (thread_index().x == 0 && step + 1 < a.count)
+    if (thread_index().x == 0 && step + 1 < a.layer.count)
       mbarrier_arrive_expect(arrived + (step + 1) % 2,
-                             kColumns * int((a.H + kChunk - 1) / kChunk) * 16);
+                             kColumns * int((a.layer.H + kChunk - 1) / kChunk) * 16);
   }
 
   // The carried states, and what the first product reads: all units, not the block's own alone.
   FUSED_RNN_DEVICE void load_states() {
-    const StepRows now = a.loop.step(a.first);
     for (int i = thread_index().x; i < 2 * kColumns * place.stride; i += 32 * a.cut.warps())
       store(operands + i, from_float<T>(0));
     // What no lane writes meets weights of zero, and must be finite.
@@ -159,36 +147,22 @@ struct ClusterWarp {
     sync_block();
     for (int column = warp(); column < kColumns; column += a.cut.warps()) {
       const int64_t n = row + column;
-      if (n >= a.N || now.clears(n)) continue;
-      for (int64_t u = lane(); u < a.H; u += 32) {
-        const A h = masked(a.h_mask, n * a.H + u, read(a.h_n, n * a.H + u));
-        store_operand(operand(0) + column * place.stride + u, h);
-      }
+      if (n >= a.layer.N) continue;
+      for (int64_t u = lane(); u < a.layer.H; u += 32)
+        store_operand(operand(0) + column * place.stride + u, a.layer.first_operand(n, u));
     }
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      A(&s)[Cell::kStates] = states[block][tile][j];
-      s[0] = read(a.h_n, n * a.H + u);
-      if constexpr (Cell::kStates == 2) s[1] = read(a.c_n, n * a.H + u);
+      units[block][tile][j].load_states(a.layer, n, u);
     });
     FUSED_RNN_UNROLL
-    for (int i = 0; i < kBlocks * kGates; ++i) {
-      const int block = i / kGates, g = i % kGates;
-      const int64_t u = unit_of(block), gate = g * a.H + u;
-      const bool exists = u < units_end;
-      bias_x[block][g] = exists && a.b_ih ? read(a.b_ih, gate) : A(0);
-      bias_h[block][g] = exists && a.b_hh ? read(a.b_hh, gate) : A(0);
-    }
+    for (int block = 0; block < kBlocks; ++block)
+      biases[block].load(a.layer, unit_of(block), unit_of(block) < units_end);
   }
 
   FUSED_RNN_DEVICE void fetch(int64_t step) {
-    const StepRows now = a.loop.step(a.first + step);
+    const StepRows now = a.layer.step(step);
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      if (now.holds(n)) return;
-      const int64_t index = now.index(n);
-      FUSED_RNN_UNROLL
-      for (int g = 0; g < kGates; ++g)
-        gx[block][tile][j][g] = a.gx ? read(a.gx, ((index - a.gx_first) * kGates + g) * a.H + u)
-                                     : read(a.x, (index * kGates + g) * a.H + u);
+      units[block][tile][j].fetch(a.layer, now, n, u);
     });
   }
 
@@ -214,31 +188,24 @@ struct ClusterWarp {
       each_sum(other, [](const float* at, float& x) { x += load(at); });
   }
 
-  // The states after a step, and in `sum` what is saved; what the next product reads, staged.
+  // The states after a step, and what is saved of it; what the next product reads, staged.
   FUSED_RNN_DEVICE void update(int64_t step, const float (&sum)[kM][kTiles][4],
                                A (&saved)[kBlocks][kTiles][2][4]) {
-    const StepRows now = a.loop.step(a.first + step);
-    const bool last = step + 1 == a.count;
-    const StepRows next = a.loop.step(last ? a.first + step : a.first + step + 1);
+    const StepRows now = a.layer.step(step);
+    const bool last = step + 1 == a.layer.count;
+    const StepRows next = a.layer.step(last ? step : step + 1);
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      A(&state)[Cell::kStates] = states[block][tile][j];
-      if (!now.holds(n)) {
-        A x[kGates], gh[kGates], s[Cell::kStates], s1[Cell::kStates];
-        FUSED_RNN_UNROLL
-        for (int g = 0; g < kGates; ++g) {
-          const int half = block * kGates + g;
-          x[g] = gx[block][tile][j][g] + bias_x[block][g];
-          gh[g] = sum[half / 2][tile][half % 2 * 2 + j] + bias_h[block][g];
-        }
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < Cell::kStates; ++i) s[i] = now.clears(n) ? A(0) : state[i];
-        Cell::forward(x, gh, s, s1, saved[block][tile][j]);
-        FUSED_RNN_UNROLL
-        for (int i = 0; i < Cell::kStates; ++i) state[i] = now.keeps(n, i * a.H + u) ? s[i] : s1[i];
+      ForwardUnit<Cell, T>& mine = units[block][tile][j];
+      A gh[kGates];
+      FUSED_RNN_UNROLL
+      for (int g = 0; g < kGates; ++g) {
+        const int half = block * kGates + g;
+        gh[g] = sum[half / 2][tile][half % 2 * 2 + j];
       }
-      if (last) return;
-      const A h = next.clears(n) ? A(0) : masked(a.h_mask, n * a.H + u, state[0]);
-      store_operand(staging + column_of(tile, j) * kUnits + 8 * block + lane() / 4, h);
+      mine.update(a.layer, now, biases[block], n, u, gh, saved[block][tile][j]);
+      if (!last)
+        store_operand(staging + column_of(tile, j) * kUnits + 8 * block + lane() / 4,
+                      mine.operand(a.layer, next, n, u));
     });
   }
 
@@ -261,26 +228,15 @@ struct ClusterWarp {
   }
 
   FUSED_RNN_DEVICE void write_outputs(int64_t step, const A (&saved)[kBlocks][kTiles][2][4]) const {
-    const StepRows now = a.loop.step(a.first + step);
+    const StepRows now = a.layer.step(step);
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      const int64_t index = now.index(n);
-      if (index < 0) return;
-      const bool holds = now.holds(n);
-      const A(&state)[Cell::kStates] = states[block][tile][j];
-      write(a.h, index * a.H + u, holds ? A(0) : state[0]);
-      if constexpr (Cell::kStates == 2)
-        if (a.c) write(a.c, index * a.H + u, holds ? A(0) : state[1]);
-      if (a.saved) FUSED_RNN_UNROLL
-      for (int i = 0; i < Cell::kSaved; ++i)
-        write(a.saved, (index * Cell::kSaved + i) * a.H + u,
-              holds ? A(0) : saved[block][tile][j][i]);
+      units[block][tile][j].write_outputs(a.layer, now, n, u, saved[block][tile][j]);
     });
   }
 
   FUSED_RNN_DEVICE void write_states() const {
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      write(a.h_n, n * a.H + u, states[block][tile][j][0]);
-      if constexpr (Cell::kStates == 2) write(a.c_n, n * a.H + u, states[block][tile][j][1]);
+      units[block][tile][j].write_states(a.layer, n, u);
     });
   }
 };
@@ -294,15 +250,15 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
   warp.start();
   if (warp.unit >= warp.units_end) return;  // the block has fewer units than another
 
-  for (int64_t step = 0; step < a.count; ++step) {
+  for (int64_t step = 0; step < a.layer.count; ++step) {
     warp.wait(step);
     float sum[warp.kM][kTiles][4] = {};
     warp.multiply(step, sum);
     if (a.cut.parts > 1) warp.add_parts(sum);
     if (!updates) continue;
-    typename ClusterForward<T>::A saved[kBlocks][kTiles][2][4];
+    arithmetic_t<T> saved[kBlocks][kTiles][2][4];
     warp.update(step, sum, saved);
-    if (step + 1 < a.count) {
+    if (step + 1 < a.layer.count) {
       warp.send(step);
       warp.fetch(step + 1);
     }
@@ -314,38 +270,15 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
 template <class Cell, class T, class Machine>
 void forward_cluster(const ForwardArgs& a, WarpShape shape, const ClusterCut& cut,
                      Machine& machine) {
-  using A = arithmetic_t<T>;
-  InputProducts<T, Machine> input(a, Cell::kGates, machine);
-  ClusterForward<T> step{};
-  step.loop = Loop(a, Cell::kStates * a.H);
-  step.N = a.N;
-  step.H = a.H;
-  step.cut = cut;
-  step.gx = input.data();
-  step.x = static_cast<const T*>(a.x);
-  step.w_hh = static_cast<const T*>(a.w_hh);
-  step.b_ih = static_cast<const T*>(a.b_ih);
-  step.b_hh = static_cast<const T*>(a.b_hh);
-  step.h_mask = static_cast<const T*>(a.h_mask);
-  step.h = static_cast<T*>(a.h);
-  step.c = static_cast<T*>(a.c);
-  step.saved = static_cast<T*>(a.saved);
-  step.h_n = static_cast<A*>(a.h_n);
-  step.c_n = static_cast<A*>(a.c_n);
-
-  start_states<Cell, T>(a, static_cast<T*>(nullptr), machine);
   const int64_t clusters = (a.N + shape.columns() - 1) / shape.columns();
   const int64_t bytes = ClusterShared(shape, cut.groups, cut.parts, cut.part_tiles).bytes;
-  const auto launch = [&](auto kernel) {
-    machine.launch_clusters(kernel, cut.team, clusters, 32 * cut.warps(), bytes, step);
-  };
-  for (step.first = 0; step.first < a.T; step.first += step.count) {
-    step.count = input.make(step.first);
-    step.gx_first = input.first_row(step.first);
-    launch(shape.blocks == 2  ? cluster_forward<Cell, T, 2, 1>
-           : shape.tiles == 2 ? cluster_forward<Cell, T, 1, 2>
-                              : cluster_forward<Cell, T, 1, 1>);
-  }
+  forward_of<Cell, T>(a, machine, [&](const ForwardLayer<T>& layer) {
+    machine.launch_clusters(shape.blocks == 2  ? cluster_forward<Cell, T, 2, 1>
+                            : shape.tiles == 2 ? cluster_forward<Cell, T, 1, 2>
+                                               : cluster_forward<Cell, T, 1, 1>,
+                            cut.team, clusters, 32 * cut.warps(), bytes,
+                            ClusterForward<T>{layer, cut});
+  });
 }
 
 }  // namespace fused_rnn::cuda

@@ -8,6 +8,8 @@
 #include "../plan.h"
 #include "cluster_backward.cuh"
 #include "cluster_forward.cuh"
+#include "grid_backward.cuh"
+#include "grid_forward.cuh"
 #include "step.cuh"
 #include "stepwise_backward.cuh"
 #include "stepwise_forward.cuh"
@@ -44,8 +46,20 @@ Choice plan_layer(const Layer& a, bool backward, const Gpu& gpu, const char* alg
                                                  : Arithmetic::kFp16;
   problem.T = a.T, problem.N = a.N, problem.H = a.H, problem.P = a.w_hr ? a.R : 0;
   problem.backward = backward;
-  problem.h_mask = a.h_mask, problem.keep = a.keep;
   return make_plan(problem, gpu, algorithm, true);
+}
+
+// The grid's kernels for a plan: run(shape, cut, exact).
+template <class Cell, class T, class Run>
+void with_grid(const Layer& a, bool backward, const Plan& plan, Run run) {
+  const auto of = [&](auto exact) {
+    const GridShape shape = grid_shape(Cell::kGates, Cell::kStates, Cell::kSaved, sizeof(T), exact,
+                                       backward, plan.units, plan.batch_tile);
+    run(shape, grid_cut(shape, a.H, plan.team, plan.teams, plan.granule), exact);
+  };
+  if constexpr (sizeof(T) == 4)
+    if (!a.tf32) return of(std::true_type());
+  of(std::false_type());
 }
 
 // By itself the device chooses stepwise: nothing else has run on a GPU yet.
@@ -56,6 +70,10 @@ void run_forward(const ForwardArgs& a, Machine& machine) {
   const Choice choice = plan_layer<T>(a, false, machine.gpu(), name);
   const Plan& plan = choice.plans[int(choice.runs)];
   if constexpr (sizeof(T) < 8) {
+    if (choice.runs == Algorithm::kGrid)
+      return with_grid<Cell, T>(a, false, plan, [&](auto shape, auto cut, auto exact) {
+        forward_grid<Cell, T, exact.value>(a, shape, cut, machine);
+      });
     const WarpShape shape = warp_shape(Cell::kGates, Cell::kStates, Cell::kSaved, sizeof(T), a.H,
                                        plan.team, plan.batch_tile);
     forward_cluster<Cell, T>(a, shape, cluster_cut(shape, a.H, plan.team), machine);
@@ -66,12 +84,16 @@ void run_forward(const ForwardArgs& a, Machine& machine) {
 // any forward has saved.
 template <class Cell, class T, class Machine>
 void run_backward(const BackwardArgs& a, Machine& machine) {
-  const int cluster = int(Algorithm::kCluster);
-  if (a.algorithm != cluster + 1 || a.T == 0) return backward<Cell, T>(a, machine);
+  if (a.algorithm <= 1 || a.T == 0) return backward<Cell, T>(a, machine);
   const Choice choice = plan_layer<T>(a, true, machine.gpu(), "auto");
+  const int asked = int(a.algorithm - 1);
   if constexpr (sizeof(T) < 8) {
-    if (choice.refusals[cluster].empty()) {
-      const Plan& plan = choice.plans[cluster];
+    const Plan& plan = choice.plans[asked];
+    if (choice.refusals[asked].empty()) {
+      if (asked == int(Algorithm::kGrid))
+        return with_grid<Cell, T>(a, true, plan, [&](auto shape, auto cut, auto exact) {
+          backward_grid<Cell, T, exact.value>(a, shape, cut, machine);
+        });
       const BackwardShape shape = backward_shape(Cell::kGates, Cell::kStates, Cell::kSaved,
                                                  sizeof(T), a.H, plan.batch_tile);
       return backward_cluster<Cell, T>(a, shape, backward_cut(shape, a.H, plan.team), machine);

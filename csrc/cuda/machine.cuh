@@ -117,17 +117,37 @@ class CudaMachine {
     check(cudaLaunchKernelEx(&launch, kernel, argument), "a kernel was not launched");
   }
 
+  void clear(void* memory, int64_t bytes) {
+    check(cudaMemsetAsync(memory, 0, size_t(bytes), stream_), "memory not cleared");
+  }
+
+  // Blocks that wait for each other: all run at the same time, or CUDA refuses.
+  template <class Argument>
+  void launch_together(void (*kernel)(Argument), int blocks, int threads, int64_t bytes,
+                       const Argument& argument) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+          "a kernel's shared memory");
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = dim3(unsigned(blocks));
+    launch.blockDim = dim3(unsigned(threads));
+    launch.dynamicSmemBytes = size_t(bytes);
+    launch.stream = stream_;
+    launch.attrs = &together;
+    launch.numAttrs = 1;
+    check(cudaLaunchKernelEx(&launch, kernel, argument), "a kernel was not launched");
+  }
+
   template <class T, class Out>
   void multiply(Sizes s, const T* a, const T* b, Out* out) {
     if (s.m == 0 || s.n == 0) return;
     constexpr int64_t kMost = std::numeric_limits<int>::max();
     STD_TORCH_CHECK(s.m <= kMost && s.n <= kMost && s.k <= kMost, "fused_rnn: a product of sizes ",
                     s.m, ", ", s.n, ", ", s.k, " is beyond cuBLAS; make T or N smaller");
-    if (s.k == 0) {  // cuBLAS may leave the result as it was
-      check(cudaMemsetAsync(out, 0, size_t(s.m * s.n) * sizeof(Out), stream_),
-            "memory not cleared");
-      return;
-    }
+    if (s.k == 0)  // cuBLAS may leave the result as it was
+      return clear(out, s.m * s.n * int64_t(sizeof(Out)));
     using A = arithmetic_t<T>;
     const A one = 1, zero = 0;
     const ColumnMajor c(s);

@@ -204,6 +204,8 @@ template <class T>
 FUSED_RNN_DEVICE uint32_t pack(T low, T high) {
   return detail::bit_cast<uint32_t>(Vector<T, 2>{{low, high}});
 }
+FUSED_RNN_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
+FUSED_RNN_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }
 // The bits of x rounded to TF32's 10 bits of mantissa, ties away from zero.
 FUSED_RNN_DEVICE uint32_t to_tf32(float x) {
 #if __CUDA_ARCH__ >= 800

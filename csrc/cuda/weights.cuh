@@ -1,6 +1,6 @@
-// A warp's part of a matrix of weights on the chip, as the tensor cores take it: kM tiles of 16
-// rows by some tiles of 32 bytes of K, the first kHeld of them in registers, the rest in shared
-// memory.
+// A warp's part of a matrix of weights on the chip: kM tiles by some tiles of K, the first kHeld of
+// them in registers, the rest in shared memory. As the tensor cores take it, a tile is 16 rows by
+// 32 bytes of K; exact, where float stays float, 8 rows by 16 of K.
 #pragma once
 
 #include "cuda/primitives.cuh"
@@ -17,24 +17,26 @@ struct Multiplied<float> {
   using type = tf32;
 };
 
-template <class T, int kM, int kHeld>
+template <class T, int kM, int kHeld, bool kExact = false>
 struct Weights {
-  static constexpr int kChunk = 16 / sizeof(T), kDepth = 2 * kChunk;
+  static constexpr int kChunk = 16 / sizeof(T), kDepth = kExact ? 16 : 2 * kChunk;
 
   uint32_t held[kHeld][kM][4];
   uint32_t* rest;
   int tiles;
 
   // Register i of a tile holds 4 bytes of row lane / 4, in the second half of the tile for odd i,
-  // at byte 4 (lane % 4) of K, and 16 further for i >= 2. weight(m, half, k) is 0 outside the
-  // matrix.
+  // at byte 4 (lane % 4) of K, and 16 further for i >= 2; exact, of row lane % 8 at 4 (lane / 8) +
+  // i of K. weight(m, half, k) is 0 outside the matrix.
   template <class Weight>
   FUSED_RNN_DEVICE void load(uint32_t* rest_of_warp, int tiles_of_warp, Weight weight) {
     rest = rest_of_warp;
     tiles = tiles_of_warp;
     const auto fragment = [&](int tile, int m, int i) {
       const int k = tile * kDepth + i / 2 * kChunk + lane() % 4 * (4 / int(sizeof(T)));
-      if constexpr (sizeof(T) == 4)
+      if constexpr (kExact)
+        return float_bits(weight(m, 0, tile * kDepth + lane() / 8 * 4 + i));
+      else if constexpr (sizeof(T) == 4)
         return to_tf32(weight(m, i % 2, k));
       else
         return pack(weight(m, i % 2, k), weight(m, i % 2, k + 1));
@@ -72,13 +74,30 @@ struct Weights {
   }
 
   // sum[m][t] += the weights of tiles kFirst and on times 8 rows of the operand, whose K starts at
-  // `operand`.
+  // `operand`. Exact, times 4 rows, each lane over its own part of K: of each 16 the 4 it holds.
   template <int kFirst, int kCount, int kTiles>
   FUSED_RNN_DEVICE void multiply(const T* operand, int64_t stride,
                                  float (&sum)[kCount][kTiles][4]) const {
+    const auto two_exact_tiles = [&](int tile, auto weight) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        FUSED_RNN_UNROLL
+        for (int column = 0; column < 4 * kTiles; ++column) {
+          const auto x =
+              load_vector<4>(operand + column * stride + (tile + i) * kDepth + lane() / 8 * 4);
+          FUSED_RNN_UNROLL
+          for (int m = 0; m < kCount; ++m) {
+            FUSED_RNN_UNROLL
+            for (int k = 0; k < 4; ++k)
+              sum[m][column / 4][column % 4] += bits_float(weight(i, m)[k]) * x[k];
+          }
+        }
+      }
+    };
     // Lane i names row i % 8 of matrix i / 8: 8 rows of the batch, 16 bytes of K each.
     const T* const rows = operand + lane() % 8 * stride + lane() / 8 * kChunk;
     const auto two_tiles = [&](int tile, auto weight) {
+      if constexpr (kExact) return two_exact_tiles(tile, weight);
       FUSED_RNN_UNROLL
       for (int t = 0; t < kTiles; ++t) {
         uint32_t b[4];

@@ -79,7 +79,6 @@ def _plan(
         device=device,
         backward=backward,
         tf32=cudnn.allows_tf32(),
-        options=(*problem.options, *(("rows",) if problem.packed else ())),
         algorithm=algorithm,
     )
 

@@ -32,9 +32,9 @@ DTYPES = {
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.emulator", description=__doc__)
     parser.add_argument("--cell", choices=CELLS, default="lstm")
-    parser.add_argument("--algorithm", choices=["stepwise", "cluster"], default="stepwise")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="stepwise")
     parser.add_argument(
-        "--team", type=int, choices=[1, 2, 4, 8, 16], default=2, help="blocks of a cluster"
+        "--team", type=int, choices=[1, 2, 4, 8, 16], default=2, help="blocks of a cluster, or SMs"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--T", type=int, default=5, help="steps (default: 5)")
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     autograd.ops = build.ops()
     build.seed(given.seed)
     build.clusters(*(2**i == given.team for i in range(5)))
+    build.sms(given.team)
     number = 1 + ALGORITHMS.index(given.algorithm)
     ours = run(functools.partial(autograd.layer, algorithm=number), problem)
     torchs = run(torch_layer, problem)

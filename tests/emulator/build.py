@@ -154,6 +154,18 @@ def cluster_launches() -> int:
     return int(count())
 
 
+def sms(count: int) -> None:
+    """Say how many SMs the emulated GPU has."""
+    ctypes.CDLL(str(library())).fused_rnn_emulator_sms(ctypes.c_int64(count))
+
+
+def grid_launches() -> int:
+    """How many launches there were since the last call whose blocks all run together."""
+    count = ctypes.CDLL(str(library())).fused_rnn_emulator_grid_launches
+    count.restype = ctypes.c_int64
+    return int(count())
+
+
 def run(program: Path, case: str, seeds: int, timeout: float = 120) -> dict[int, str]:
     """What the case says under each seed: "ok", or what was wrong."""
     command = [str(program), case, str(seeds)]

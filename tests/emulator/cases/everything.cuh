@@ -79,7 +79,7 @@ FUSED_RNN_DEVICE void matrices(float* out, const unsigned char* shared) {
   load_matrix<2, true>(two, shared);
   load_matrix(four, shared);
   load_matrix<4, true>(four, shared);
-  four[0] ^= one[0] ^ to_tf32(1.5f);
+  four[0] ^= one[0] ^ to_tf32(bits_float(float_bits(1.5f)));
   float d[4] = {};
   mma<bf16>(d, four, two);
   mma<fp16>(d, four, two);

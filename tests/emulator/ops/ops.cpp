@@ -18,7 +18,7 @@ namespace fused_rnn::cuda {
 namespace {
 
 uint64_t seed = 0;
-int64_t cluster_launches = 0;
+int64_t cluster_launches = 0, grid_launches = 0;
 
 // What the planner is told of the machine: an H200, whose clusters a test may restrict.
 Gpu h200() {
@@ -45,6 +45,19 @@ class EmulatedMachine {
   void* take(const char* name, size_t bytes) {
     memory_.push_back(std::make_unique<emulator::Allocation>(name, bytes));
     return memory_.back()->data();
+  }
+
+  template <class Argument>
+  void launch_blocks(void (*kernel)(Argument), int blocks, int cluster, int threads, int64_t bytes,
+                     const Argument& argument) {
+    emulator::Launch launch;
+    launch.grid = {blocks};
+    launch.block = {threads};
+    launch.cluster = cluster;
+    launch.shared_bytes = size_t(bytes);
+    launch.seed = seed;
+    const emulator::Report report = emulator::run(launch, kernel, argument);
+    STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
   }
 
  public:
@@ -89,15 +102,15 @@ class EmulatedMachine {
   void launch_clusters(void (*kernel)(Argument), int team, int64_t clusters, int threads,
                        int64_t bytes, const Argument& argument) {
     ++cluster_launches;
-    emulator::Launch launch;
-    launch.grid = {int(team * clusters)};
-    launch.block = {threads};
-    launch.cluster = team;
-    launch.shared_bytes = size_t(bytes);
-    launch.seed = seed;
-    const emulator::Report report = emulator::run(launch, kernel, argument);
-    STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
+    launch_blocks(kernel, int(team * clusters), team, threads, bytes, argument);
   }
+  template <class Argument>
+  void launch_together(void (*kernel)(Argument), int blocks, int threads, int64_t bytes,
+                       const Argument& argument) {
+    ++grid_launches;
+    launch_blocks(kernel, blocks, 1, threads, bytes, argument);
+  }
+  void clear(void* memory, int64_t bytes) { memset(memory, 0, size_t(bytes)); }
 
   template <class T, class Out>
   void multiply(Sizes s, const T* a, const T* b, Out* out) {
@@ -244,6 +257,16 @@ extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_seed(u
 // Launches of clusters since the last time somebody asked.
 extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_emulator_cluster_launches() {
   return std::exchange(fused_rnn::cuda::cluster_launches, 0);
+}
+
+// The same of launches whose blocks all run together.
+extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_emulator_grid_launches() {
+  return std::exchange(fused_rnn::cuda::grid_launches, 0);
+}
+
+// How many blocks run together.
+extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_sms(int64_t count) {
+  fused_rnn::cuda::emulated.sms = count;
 }
 
 // How many clusters of 1, 2, 4, 8 and 16 blocks fit.

@@ -1,0 +1,124 @@
+// grid, backward: teams of blocks that fill the chip hold W_hh transposed and run a tile of the
+// batch back through all steps, and then the next one. See grid.cuh for how they work together.
+//
+// A block owns some units, which are its rows. In a turn it makes their gate gradients, gets those
+// of all units from the others, and multiplies: dL/dh of its own units for the step before. Of a
+// row of the batch G H values arrive at a block; partial sums of dh would be H words of fp32, fewer
+// bytes for the LSTM (docs/kernels/grid.md counts them).
+#pragma once
+
+#include "backward_units.cuh"
+#include "grid.cuh"
+
+namespace fused_rnn::cuda {
+
+template <class T>
+struct GridBackward {
+  BackwardLoop<T> loop;
+  GridTeam team;
+};
+
+template <class Cell, class T, bool kExact, int kM, int kTiles>
+struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
+  using Block = GridBlock<Cell, T, true, kExact, kM, kTiles>;
+  using typename Block::A;
+  static constexpr int kItems = Block::kItems, kGates = Cell::kGates;
+
+  const BackwardLoop<T>& loop;
+  BackwardUnits<Cell, T, 1> mine[kItems];
+
+  FUSED_RNN_DEVICE explicit GridBackwardBlock(const GridBackward<T>& a)
+      : Block(a.team), loop(a.loop) {
+    const int64_t H = this->team.H;
+    const int granule = this->team.cut.granule;
+    // Chunks of the operand are units of a granule at one gate after the other.
+    this->load_weights(
+        [&](int row) -> const T* {
+          const int64_t u = this->first_unit + row;
+          return u < this->units_end ? loop.w_hh + u : nullptr;
+        },
+        [&](const T* of_unit, int k) {
+          const int64_t u = int64_t(k / granule / kGates) * granule + k % granule;
+          const int64_t gate = k / granule % kGates;
+          return of_unit && u < H ? load(of_unit + (gate * H + u) * H) : from_float<T>(0);
+        });
+    // Where nothing arrives the operand meets weights of zero, and must be finite.
+    const int elements = int(Block::kColumns * this->place.stride);
+    for (int i = thread_index().x; i < elements; i += Block::kThreads)
+      this->store_operand(0, i, A(0));
+    sync_block();
+  }
+
+  FUSED_RNN_DEVICE void start(int64_t tile) {
+    this->row = tile * Block::kColumns;
+    this->each([&](int k, int64_t n, int64_t u) { mine[k].load_carried(loop, n, u, u + 1); });
+    fetch(loop.layer.loop.T - 1);
+  }
+  FUSED_RNN_DEVICE void fetch(int64_t step) {
+    this->each([&](int k, int64_t n, int64_t u) { mine[k].fetch(loop, step, n, u); });
+  }
+  // What a turn's product sends into the carried hidden states.
+  FUSED_RNN_DEVICE void add() {
+    this->each([&](int k, int64_t n, int64_t u) {
+      const A sum[1] = {this->sum_of(this->units[k], this->columns[k])};
+      mine[k].add(loop, n, u, u + 1, sum);
+    });
+  }
+  // The gate gradients of a step, to the other blocks.
+  FUSED_RNN_DEVICE void update(int64_t step, int64_t turn) {
+    A of_h[kItems][1][kGates], values[kItems][kGates];
+    this->each(
+        [&](int k, int64_t n, int64_t u) { mine[k].update(loop, step, n, u, u + 1, of_h[k]); });
+    FUSED_RNN_UNROLL
+    for (int i = 0; i < kItems * kGates; ++i)
+      values[i / kGates][i % kGates] = of_h[i / kGates][0][i % kGates];
+    this->send(turn, values);
+  }
+  FUSED_RNN_DEVICE void write_outputs(int64_t step) const {
+    this->each([&](int k, int64_t n, int64_t u) { mine[k].write_outputs(loop, step, n, u); });
+  }
+  FUSED_RNN_DEVICE void write_carried() const {
+    this->each([&](int k, int64_t n, int64_t u) { mine[k].write_carried(loop, n, u, u + 1); });
+  }
+};
+
+template <class Cell, class T, bool kExact, int kM, int kTiles>
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_backward(GridBackward<T> a) {
+  if constexpr (!has_mma()) return unsupported("the grid algorithm needs sm_80");
+  GridBackwardBlock<Cell, T, kExact, kM, kTiles> block(a);
+  int64_t turn = 0;
+  for (int64_t tile = block.group; tile * block.kColumns < a.team.N; tile += a.team.cut.groups) {
+    block.start(tile);
+    for (int64_t step = a.loop.layer.loop.T - 1; step >= 0; --step, ++turn) {
+      block.update(step, turn);
+      block.write_outputs(step);
+      if (step > 0) block.fetch(step - 1);
+      block.gather(turn);
+      sync_block();
+      block.multiply();
+      sync_block();
+      block.add();
+    }
+    block.write_carried();
+  }
+}
+
+template <class Cell, class T, bool kExact, class Machine>
+void backward_grid(const BackwardArgs& a, GridShape shape, const GridCut& cut, Machine& machine) {
+  backward_of<Cell, T>(a, machine, [&](const BackwardStep<T>& all) {
+    GridBackward<T> loop{BackwardLoop<T>(a, all, 1), {cut, a.N, a.H, nullptr}};
+    loop.team.words = machine.template memory<uint64_t>(grid_words(shape, cut));
+    const auto launch = [&](auto kernel) { launch_grid(machine, shape, cut, kernel, loop); };
+    const int m = shape.m_tiles;
+    if constexpr (kExact)
+      launch(m == 1   ? grid_backward<Cell, T, true, 1, 1>
+             : m == 2 ? grid_backward<Cell, T, true, 2, 1>
+                      : grid_backward<Cell, T, true, 4, 1>);
+    else if (shape.tiles == 2)
+      launch(m == 1 ? grid_backward<Cell, T, false, 1, 2> : grid_backward<Cell, T, false, 2, 2>);
+    else
+      launch(m == 1 ? grid_backward<Cell, T, false, 1, 1> : grid_backward<Cell, T, false, 2, 1>);
+  });
+}
+
+}  // namespace fused_rnn::cuda

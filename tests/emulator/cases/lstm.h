@@ -1,0 +1,136 @@
+// An LSTM in bf16, forward and backward, for the drivers of the algorithms that keep the weights on
+// the chip: its operands in the emulator's memory, and what has to come out.
+#pragma once
+
+#include <math.h>
+
+#include <vector>
+
+#include "case.h"
+#include "cuda/backward_units.cuh"
+#include "cuda/forward_layer.cuh"
+
+namespace fused_rnn::emulator {
+
+using namespace fused_rnn::cuda;
+
+inline constexpr int kT = 5, kN = 3, kH = 36, kGates = 4;
+
+inline float entry(int salt, int i) {
+  return float(int((unsigned(i) * 2654435761u + unsigned(salt) * 40503u) >> 13) % 17 - 8) / 16;
+}
+// What a forward might have saved: any numbers in (0, 1) do.
+inline float gate(int i) { return 0.5f + entry(3, i) / 2; }
+
+template <class Entry>
+std::vector<bf16> values(int count, Entry entry_of) {
+  std::vector<bf16> all;
+  for (int i = 0; i < count; ++i) all.push_back(from_float<bf16>(entry_of(i)));
+  return all;
+}
+
+// bf16 is off by some roundings of values near 1.
+inline void compare(Outcome& outcome, const char* name, const Memory<bf16>& got,
+                    const std::vector<double>& right, double tolerance) {
+  outcome.compare(name, got, [&](int i) {
+    const bool near = fabs(to_float(got[size_t(i)]) - right[size_t(i)]) < tolerance;
+    return near ? got[size_t(i)] : from_float<bf16>(float(right[size_t(i)]));
+  });
+}
+
+struct ForwardProblem {
+  Memory<bf16> x{"x", values(kT * kN * kGates * kH, [](int i) { return entry(1, i); })};
+  Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [](int i) { return entry(2, i); })};
+  Memory<bf16> h{"h", kT * kN * kH};
+  Memory<float> h_n{"h_n", kN * kH}, c_n{"c_n", kN * kH};
+
+  ForwardLayer<bf16> layer() {
+    h_n.fill(0);
+    c_n.fill(0);
+    ForwardLayer<bf16> a{};
+    a.loop.T = kT, a.loop.N = a.N = kN, a.loop.states = 2 * kH;
+    a.count = kT, a.H = kH;
+    a.x = x.data(), a.w_hh = w_hh.data();
+    a.h = h.data(), a.h_n = h_n.data(), a.c_n = c_n.data();
+    return a;
+  }
+
+  // Step by step in double, h rounded where the kernels round it.
+  Outcome& check(Outcome& outcome) const {
+    std::vector<double> now(kN * kH), c(kN * kH), all;
+    for (int t = 0; t < kT; ++t) {
+      std::vector<double> next(kN * kH);
+      for (int n = 0; n < kN; ++n)
+        for (int u = 0; u < kH; ++u) {
+          double gates[kGates];
+          for (int g = 0; g < kGates; ++g) {
+            const int row = g * kH + u;
+            gates[g] = entry(1, (t * kN + n) * kGates * kH + row);
+            for (int k = 0; k < kH; ++k)
+              gates[g] += entry(2, row * kH + k) *
+                          to_float(from_float<bf16>(float(now[size_t(n * kH + k)])));
+          }
+          const auto sigmoid = [](double z) { return 1 / (1 + exp(-z)); };
+          double& state = c[size_t(n * kH + u)];
+          state = sigmoid(gates[1]) * state + sigmoid(gates[0]) * tanh(gates[2]);
+          next[size_t(n * kH + u)] = sigmoid(gates[3]) * tanh(state);
+        }
+      now = next;
+      all.insert(all.end(), now.begin(), now.end());
+    }
+    compare(outcome, "h", h, all, 1.0 / 128);
+    return outcome;
+  }
+};
+
+struct BackwardProblem {
+  Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [](int i) { return entry(2, i); })};
+  Memory<bf16> saved{"saved", values(kT * kN * kGates * kH, gate)};
+  Memory<bf16> c{"c", values(kT * kN * kH, [](int i) { return entry(4, i); })};
+  Memory<bf16> dh{"dh", values(kT * kN * kH, [](int i) { return entry(5, i); })};
+  Memory<bf16> h{"h", kT * kN * kH}, dgx{"dgx", kT * kN * kGates * kH};
+  Memory<float> dh0{"dh0", kN * kH}, dc0{"dc0", kN * kH};
+
+  BackwardLoop<bf16> loop() {
+    dh0.fill(0);
+    dc0.fill(0);
+    BackwardLoop<bf16> a{};
+    a.layer.loop.T = kT, a.layer.loop.N = a.layer.N = kN, a.layer.loop.states = 2 * kH;
+    a.layer.H = a.layer.R = kH;
+    a.layer.h = h.data(), a.layer.c = c.data(), a.layer.saved = saved.data();
+    a.wide = true;
+    a.w_hh = w_hh.data(), a.dh = dh.data(), a.dh0 = dh0.data(), a.dc0 = dc0.data();
+    a.dgx = dgx.data();
+    return a;
+  }
+
+  // Step by step in double, the gates' gradients rounded where the kernels do it.
+  Outcome& check(Outcome& outcome) const {
+    std::vector<double> of_h(kN * kH), of_c(kN * kH), all(kT * kN * kGates * kH);
+    for (int t = kT - 1; t >= 0; --t) {
+      std::vector<double> before(kN * kH);
+      for (int n = 0; n < kN; ++n)
+        for (int u = 0; u < kH; ++u) {
+          const int row = t * kN + n, at = n * kH + u;
+          double gates[4], s[2] = {}, s1[2], ds[2], of_x[4], of_gh[4];
+          for (int g = 0; g < 4; ++g) gates[g] = gate((row * 4 + g) * kH + u);
+          s1[1] = entry(4, row * kH + u);
+          s[1] = t > 0 ? entry(4, (row - kN) * kH + u) : 0;
+          const double ds1[2] = {of_h[size_t(at)] + entry(5, row * kH + u), of_c[size_t(at)]};
+          Lstm::backward(ds1, gates, s, s1, of_x, of_gh, ds);
+          of_c[size_t(at)] = ds[1];
+          for (int g = 0; g < 4; ++g) {
+            all[size_t((row * 4 + g) * kH + u)] = of_x[g];
+            const double rounded = to_float(from_float<bf16>(float(of_gh[g])));
+            for (int k = 0; k < kH; ++k)
+              before[size_t(n * kH + k)] += rounded * entry(2, (g * kH + u) * kH + k);
+          }
+        }
+      of_h = before;
+    }
+    compare(outcome, "dgx", dgx, all, 1.0 / 64);
+    return outcome;
+  }
+};
+
+}  // namespace fused_rnn::emulator
