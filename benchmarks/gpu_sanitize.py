@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fused_rnn import autograd
 from fused_rnn.cells import CELLS, Cell
+from fused_rnn.plan import ALGORITHMS, describe, plan
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMS = ("plain", "control", "rows", "reverse", "projection")
@@ -27,15 +28,33 @@ def calls(device: str) -> Iterator[str]:
     """Makes every call, and names it after it."""
     for (name, cell), dtype, shape in product(CELLS.items(), DTYPES, SHAPES):
         for form in FORMS:
-            if form != "projection" or name == "lstm":
-                layer(cell, dtype, shape, form, device)
-                yield f"{name}, {dtype}, {shape}, {form}"
+            if form == "projection" and name != "lstm":
+                continue
+            for algorithm in algorithms(name, dtype, shape, form, device):
+                layer(cell, dtype, shape, form, device, algorithm)
+                yield f"{name}, {dtype}, {shape}, {form}, {algorithm}"
         step(cell, dtype, shape, device)
         yield f"{name}, {dtype}, {shape}, step"
 
 
+def algorithms(
+    cell: str, dtype: torch.dtype, shape: tuple[int, int, int], form: str, device: str
+) -> list[int]:
+    """Those that can run it on this GPU, by their numbers; 0 where there is nothing to choose."""
+    if device != "cuda":
+        return [0]
+    P = PROJECTED if form == "projection" else 0
+    refused = plan(cell, dtype, *shape, P, device=describe(0)).refusals
+    return [number for number, name in enumerate(ALGORITHMS, 1) if name not in refused]
+
+
 def layer(
-    cell: Cell, dtype: torch.dtype, shape: tuple[int, int, int], form: str, device: str
+    cell: Cell,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    form: str,
+    device: str,
+    algorithm: int,
 ) -> None:
     T, N, H = shape
     P = PROJECTED if form == "projection" else 0
@@ -55,7 +74,8 @@ def layer(
     operands = [draw(*lead, WIDTH), draw(G, R), draw(G), draw(N, R)]
     c0 = draw(N, H) if cell.states == 2 else None
     more = {"w_ih": draw(G, WIDTH), "b_ih": draw(G), "w_hr": draw(P, H) if P else None}
-    finish(autograd.layer(cell, *operands, c0, **more, **options), [*operands, c0, *more.values()])
+    outputs = autograd.layer(cell, *operands, c0, **more, **options, algorithm=algorithm)
+    finish(outputs, [*operands, c0, *more.values()])
 
 
 def step(cell: Cell, dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> None:

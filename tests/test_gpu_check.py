@@ -25,6 +25,8 @@ import gpu_sanitize
 import results
 from gpu_run import Check, Finished, Outcome
 
+from fused_rnn.plan import KNOWN_DEVICES
+
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"device": "Some GPU", "capability": [9, 0], "torch": "2.11.0", "cuda": "13.0"}
 NVCC = gpu_pieces.find_tool("nvcc")
@@ -584,6 +586,15 @@ def test_the_sanitized_calls_run_every_op_in_every_form(capsys):
     cells, dtypes, shapes, forms = 4, 4, 2, 5  # four forms and a step; the LSTM has one more
     count = dtypes * shapes * (cells * forms + 1)
     assert capsys.readouterr().out.startswith(f"{count} calls made, forward and backward")
+
+
+def test_on_a_gpu_every_algorithm_is_sanitized_that_can_run(monkeypatch):
+    monkeypatch.setattr(gpu_sanitize, "describe", lambda _: KNOWN_DEVICES["H100 SXM"])
+    small, projected = ((3, 5, 33), "plain", "cuda"), ((3, 5, 33), "projection", "cuda")
+    assert gpu_sanitize.algorithms("lstm", torch.bfloat16, *small) == [1, 2, 3]
+    assert gpu_sanitize.algorithms("lstm", torch.float32, *small) == [1, 3]
+    assert gpu_sanitize.algorithms("lstm", torch.float64, *small) == [1]
+    assert gpu_sanitize.algorithms("lstm", torch.bfloat16, *projected) == [1]
 
 
 def test_a_sanitized_call_whose_result_is_not_finite_fails():

@@ -32,6 +32,7 @@ def supports(problem: Problem) -> str | None:
 _WORDS = {
     "stepwise": "one product by cuBLAS and one native pointwise kernel a step",
     "cluster": "clusters keep the weights on chip for all steps, in one launch",
+    "grid": "the whole chip keeps the weights for all steps, in one launch",
 }
 
 
