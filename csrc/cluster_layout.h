@@ -136,7 +136,7 @@ struct BackwardShape {
   FUSED_RNN_FN constexpr int other_registers() const {
     return 4 * at_once() * tiles + m_tiles + 4 * states +
            element * (saved + 1 + 3 * states + gates + (gates == 3)) + 10 * (element - 2) +
-           8 * (gates == 3) + 24 * (tiles - 1) + 82 - 4 * m_tiles;
+           8 * (gates == 3) + 36 * (tiles - 1) + 82 - 4 * m_tiles;
   }
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.

@@ -42,9 +42,9 @@ struct GridShape {
   // Registers of a thread beside the weights: the sums; of each item the states, what is fetched
   // and what is made; and the rest as compiled for sm_90.
   FUSED_RNN_FN constexpr int other_registers() const {
-    const int of_item = backward ? saved + 3 * states + gates + 8 : 3 * gates + states + saved + 3;
-    return sums() + items() * of_item + 26 * (tiles - 1) + (backward ? 55 : 62) +
-           4 * (element - 2) + exact * (44 + 4 * m_tiles);
+    const int of_item = backward ? saved + 3 * states + gates + 8 : 3 * gates + states + saved + 5;
+    return sums() + items() * of_item + 26 * (tiles - 1) + (backward ? 55 : 66) +
+           6 * (element - 2) + 72 * exact;
   }
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.

@@ -169,7 +169,7 @@ def test_without_clusters_of_16_smaller_ones_or_none(cell, H):
     [
         ("lstm", 2048, False),
         ("lstm", 2048, True),
-        ("gru", 2560, False),
+        ("gru", 2304, False),
         ("gru", 2112, True),
         ("rnn_tanh", 4096, False),
         ("rnn_tanh", 4096, True),
