@@ -89,6 +89,7 @@ constexpr GridCut grid_cut(GridShape shape, int64_t H, int64_t team, int64_t gro
   const int pairs = (K + pair - 1) / pair;
   cut.parts = pairs < kGridWarps ? pairs : kGridWarps;
   cut.part_tiles = (pairs + cut.parts - 1) / cut.parts * 2;
+  cut.parts = (2 * pairs + cut.part_tiles - 1) / cut.part_tiles;  // the last ones may be left out
   return cut;
 }
 

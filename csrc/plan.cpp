@@ -41,7 +41,7 @@ constexpr double kTie = 0.9;
 
 // ---- Limits of the kernels' own making.
 
-constexpr int64_t kThreads = 256, kWarps = kThreads / 32;
+constexpr int64_t kThreads = 256;
 // mma's M; rows of the batch are its N, of which a warp keeps two tiles of 8 at a time.
 constexpr int64_t kM = 16, kColumns = 16;
 
@@ -86,7 +86,7 @@ struct Planner {
   double fma_per_cycle() const { return multiply_adds(problem.arithmetic, device.capability); }
 
   Plan stepwise() const;
-  std::string cannot_persist(int capability, bool exact) const;
+  std::string cannot_persist(bool exact) const;
   std::string cluster(Plan* best) const;
   std::string grid(Plan* best) const;
 
@@ -146,10 +146,9 @@ Plan Planner::stepwise() const {
 }
 
 // Why no kernel that keeps W_hh on the chip runs this, whatever its size.
-std::string Planner::cannot_persist(int capability, bool exact) const {
-  if (device.capability < capability)
-    return "it needs sm_" + std::to_string(capability) + ", and this is sm_" +
-           std::to_string(device.capability);
+std::string Planner::cannot_persist(bool exact) const {
+  if (device.capability < 80)
+    return "it needs sm_80, and this is sm_" + std::to_string(device.capability);
   if (device.threads_per_block < kThreads || registers_of_thread() < kMostRegisters)
     return "its kernels want 255 registers for each of 256 threads";
   if (problem.arithmetic == Arithmetic::kFp64) return "it does not compute in fp64";
@@ -179,8 +178,11 @@ double Planner::product_cycles(const Product& part, int64_t k_split, int64_t col
 // What a CTA receives for one row of the batch in one step.
 double Planner::exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const {
   const int64_t values = part.reduces ? cut.team * units : part.K;
-  if (cut.algorithm == Algorithm::kGrid)  // words of 8 bytes: three halves or one float, numbered
-    return 8.0 * ceil_div(part.K, cut.granule) * (bytes == 4 ? cut.granule : (cut.granule + 2) / 3);
+  if (cut.algorithm == Algorithm::kGrid) {  // words of 8 bytes
+    const GridShape shape = shape_of_grid(units, cut.batch_tile);
+    const GridCut warps = grid_cut(shape, problem.H, cut.team, 1, cut.granule);
+    return 8.0 * warps.chunks * shape.words(warps.granule);
+  }
   const double of_peers = double(cut.team - 1) / cut.team;
   return of_peers * values * (part.reduces ? 4 : bytes);
 }
@@ -201,7 +203,7 @@ void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
   add(kilobytes(reads) + " of weights read from shared memory at 128 B a cycle",
       reads / kSharedBytesPerCycle);
   add("gates and barriers", kPointwiseCycles);
-  if (cut.team > 1) {
+  if (grid || cut.team > 1) {  // a grid's CTA reads its own words, too
     add(grid ? "latency through L2" : "latency of a peer's shared memory",
         grid ? kL2Cycles : kPeerCycles);
     add(kilobytes(arrives) + " exchanged at " + number(rate, "B a cycle"), arrives / rate);
@@ -335,7 +337,7 @@ std::string Planner::verdict(const Plan& best, const Plan& nearest) const {
 }
 
 std::string Planner::cluster(Plan* best) const {
-  const std::string reason = cannot_persist(80, false);
+  const std::string reason = cannot_persist(false);
   if (!reason.empty()) return reason;
   // New h goes to the peers in messages of 16 bytes: 8 units of half types, 4 of TF32. Sums of dh
   // go in whole tiles.
@@ -352,7 +354,7 @@ std::string Planner::cluster(Plan* best) const {
 }
 
 std::string Planner::grid(Plan* best) const {
-  const std::string reason = cannot_persist(80, true);
+  const std::string reason = cannot_persist(true);
   if (!reason.empty()) return reason;
   const bool exact = problem.arithmetic == Arithmetic::kFp32;
   Plan nearest;

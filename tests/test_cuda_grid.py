@@ -11,6 +11,7 @@ from persistent import asked, check_schedules, check_tf32, is_emulated, layer_by
 
 from fused_rnn import autograd
 from fused_rnn.cells import CELLS
+from fused_rnn.plan import describe, plan
 
 
 @pytest.fixture(params=["emulator", "gpu"])
@@ -56,7 +57,7 @@ def test_outputs_and_gradients(case, layer):
 
 
 # Blocks with as many units as kernels are compiled for, their weights in registers and in shared
-# memory; 16 rows of the batch; and more than two million values.
+# memory; 16 rows of the batch.
 LARGE = {
     "lstm": ("lstm", torch.bfloat16, 19, (2, 16, 300)),
     "gru": ("gru", torch.float16, 10, (2, 9, 200)),
@@ -69,6 +70,25 @@ LARGE = {
 def test_many_units(name, layer):
     cell, dtype, count, shape = LARGE[name]
     sms(count)
+    check(layer, make_problem(cell, dtype, shape, product=True, control=True))
+
+
+# On a GPU, whose SMs are as many as they are: blocks with the most units, and tiles in turn.
+ON_A_GPU = (
+    ("lstm", torch.bfloat16, (3, 40, 2048)),
+    ("gru", torch.float16, (3, 19, 2048)),
+    ("rnn_tanh", torch.bfloat16, (3, 8, 4096)),
+    ("lstm", torch.float32, (3, 8, 1024)),
+)
+
+
+@pytest.mark.parametrize(("cell", "dtype", "shape"), ON_A_GPU)
+def test_what_no_cluster_holds_on_a_gpu(cell, dtype, shape, layer):
+    if is_emulated():
+        pytest.skip("so many units take the emulator minutes")
+    device = describe(0)
+    for backward in (False, True):
+        plan(cell, dtype, *shape, device=device, backward=backward, algorithm="grid")  # or raises
     check(layer, make_problem(cell, dtype, shape, product=True, control=True))
 
 
@@ -108,14 +128,18 @@ def test_results_are_bit_equal_under_every_schedule(cell, dtype, layer):
 def test_an_input_made_in_chunks_is_a_launch_each(layer):
     """8,192 rows at a time, here of 4,100; the third step is a launch of its own."""
     sms(4)
+    if is_emulated():
+        build.grid_launches()
     case = {"cell": "gru", "shape": (3, 4100, 3), "product": True, "reverse": True}
     check(layer, make_problem(dtype=torch.bfloat16, **case))
+    if is_emulated():
+        assert build.grid_launches() == 3  # of two steps, of one, and the backward
 
 
 def test_numbers_of_turns_wrap(layer):
     """Those of the half types have 16 bits."""
     sms(2)
-    T = 65600 if numerics.FULL else 12
+    T = 65600 if numerics.FULL or not is_emulated() else 12
     check(layer, make_problem("rnn_tanh", torch.bfloat16, (T, 1, 5)))
 
 

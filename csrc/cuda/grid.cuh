@@ -10,8 +10,10 @@
 // the number of the turn: the data is its own flag, so nothing has to be ordered, and a reader asks
 // again until the number is right. There are two slots. A block that writes a turn has read all of
 // the turn before, which every other block sent after it had read the one before that, the last to
-// stand in the slot. Words are zero at the start of a launch and turns count from one; they may
-// wrap, since a slot's turns differ by two.
+// stand in the slot. To PTX those are relaxed accesses, in no order across threads; but a reader
+// branches on the number it read before its block meets, and nothing is sent before that. Words are
+// zero at the start of a launch and turns count from one; they may wrap, since a slot's turns
+// differ by two.
 #pragma once
 
 #include "../grid_layout.h"
@@ -33,7 +35,7 @@ struct GridBlock {
                                        kExact,       kBackward,     kM,           kTiles};
   static constexpr int kHeld = kShape.held(), kColumns = kShape.columns(), kRows = kShape.rows(),
                        kItems = kShape.items(), kOfUnit = kShape.values_of_unit(),
-                       kGates = Cell::kGates, kValues = kShape.values_of_word(),
+                       kValues = kShape.values_of_word(),
                        kMostWords = kShape.words(sizeof(T) == 2 ? 8 : 4);
   static constexpr int kThreads = 32 * kGridWarps;
 
@@ -187,6 +189,7 @@ struct GridBlock {
   // The block's rows times the operand: the sums of all parts of K into shared memory.
   FUSED_RNN_DEVICE void multiply() const {
     if (warp() >= team.cut.parts) return;
+    sync_warp();  // after lanes have waited for different words
     constexpr int kQuads = kExact ? 2 * kTiles : kTiles;
     float sum[kM][kQuads][4] = {};
     weights.template multiply<0>(operand + warp() * team.cut.part_tiles * weights.kDepth,

@@ -4,7 +4,7 @@
 // A block owns some units, which are its rows. In a turn it makes their gate gradients, gets those
 // of all units from the others, and multiplies: dL/dh of its own units for the step before. Of a
 // row of the batch G H values arrive at a block; partial sums of dh would be H words of fp32, fewer
-// bytes for the LSTM (docs/kernels/grid.md counts them).
+// bytes for the LSTM (docs/kernels/grid_backward.md counts them).
 #pragma once
 
 #include "backward_units.cuh"

@@ -101,7 +101,8 @@ class CudaMachine {
     const auto set = [&](cudaFuncAttribute which, int64_t value) {
       check(cudaFuncSetAttribute(kernel, which, int(value)), "a kernel's shared memory");
     };
-    set(cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    // The most there is: another thread may launch the same kernel with another size.
+    set(cudaFuncAttributeMaxDynamicSharedMemorySize, gpu().shared_per_block);
     if (team > kPortable) set(cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -125,7 +126,8 @@ class CudaMachine {
   template <class Argument>
   void launch_together(void (*kernel)(Argument), int blocks, int threads, int64_t bytes,
                        const Argument& argument) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(gpu().shared_per_block)),
           "a kernel's shared memory");
     cudaLaunchAttribute together{};
     together.id = cudaLaunchAttributeCooperative;
