@@ -94,20 +94,22 @@ def check_tools() -> None:
         refuse(f"the torch it is built against must be 2.10 or newer, and this one is {version}.")
 
 
-def packaged_nvcc() -> str | None:
-    """nvcc of pip's nvidia-cuda-nvcc, the newest: nvidia/cu13/bin in site-packages."""
+def packaged_tool(name: str) -> str | None:
+    """A program of pip's nvidia-cuda packages, the newest: nvidia/cu13/bin in site-packages."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec else None
-    found = [nvcc for folder in folders or () for nvcc in Path(folder).glob("*/bin/nvcc")]
-    return str(max(found, key=lambda nvcc: nvcc.parts[-3])) if found else None
+    found = [tool for folder in folders or () for tool in Path(folder).glob(f"*/bin/{name}")]
+    return str(max(found, key=lambda tool: tool.parts[-3])) if found else None
+
+
+def find_cuda_tool(name: str) -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    in_home = shutil.which(name, path=str(Path(home, "bin"))) if home else None
+    return in_home or shutil.which(name) or packaged_tool(name)
 
 
 def find_nvcc() -> str | None:
-    if os.environ.get("NVCC"):
-        return os.environ["NVCC"]
-    home = os.environ.get("CUDA_HOME")
-    in_home = shutil.which("nvcc", path=str(Path(home, "bin"))) if home else None
-    return in_home or shutil.which("nvcc") or packaged_nvcc()
+    return os.environ.get("NVCC") or find_cuda_tool("nvcc")
 
 
 def gpus_at_hand() -> list[str]:
@@ -133,7 +135,7 @@ def wants_cuda() -> bool:
         return False
     # pip's nvcc is in every development environment, also where compiling for all GPUs, which
     # takes minutes, would be for none.
-    if nvcc == packaged_nvcc() and not gpus_at_hand():
+    if nvcc == packaged_tool("nvcc") and not gpus_at_hand():
         return False
     # Written there when torch was built: importing torch takes seconds.
     version = (package_folder("torch") / "version.py").read_text()

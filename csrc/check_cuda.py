@@ -1,16 +1,23 @@
-"""check_cuda.py [PAGE [FOLDER]]: what ptxas said of the kernels; a spill fails.
+"""check_cuda.py [PAGE [FOLDER]]: what ptxas said of the kernels and what it made; a spill fails.
 
 ptxas prints, for every kernel and architecture, the registers that a thread has, and what did not
 fit into them. A spilled register costs a trip to memory in every step of a loop, so none is
 accepted. Nor is a warning: by one ptxas says that launch bounds ask for more than an SM has, and
 that it goes on without them. And each kernel must be there for each architecture that nvcc was told
-of. With PAGE, docs/kernels.md, the table is written there.
+of.
+
+In the machine code, which cuobjdump shows, the kernels that keep weights on the chip must multiply
+on the tensor cores, but for exact float32, which must not; and none may go to local memory. With
+PAGE, docs/kernels.md, the table is written there.
 """
 
 import re
+import runpy
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +34,11 @@ STACK = re.compile(
 USED = re.compile(r"Used (?P<registers>\d+) registers(?:.*?(?P<shared>\d+) bytes smem)?")
 # _ZN9fused_rnn4cuda12forward_stepI...: the name after its length.
 KERNEL = re.compile(r"_ZN9fused_rnn4cuda(?P<length>\d+)(?P<rest>\w+)")
+ON_TENSOR_CORES = ("cluster_forward", "cluster_backward", "grid_forward", "grid_backward")
+# The grid's third template argument is kExact: ...I<cell>fLb1E...
+EXACT = re.compile(r"grid_(?:forward|backward)I\w+?fLb1E")
+FUNCTION = re.compile(r"^\s*Function : (?P<symbol>\w+)$", re.MULTILINE)
+ARCHITECTURE = re.compile(r"^\s*code for sm_(?P<arch>\w+)$", re.MULTILINE)
 COMPLAINT = re.compile(r"^ptxas.*\b(?:warning|error|fatal)\b.*$", re.MULTILINE)
 
 HEAD = """# Kernels
@@ -103,9 +115,43 @@ def uncovered(kernels: list[Kernel], asked: set[str]) -> Iterator[str]:
         yield f"for sm_{arch} kernels were compiled, and nobody asked for it"
 
 
+def machine_code(cuobjdump: str, folder: Path, name: str) -> dict[tuple[str, str], set[str]]:
+    """Of an object's kernels for each architecture, which of the instructions asked after."""
+    command = [cuobjdump, "-sass", str(folder / name)]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    if shown.returncode != 0:
+        raise SystemExit(f"check_cuda.py: {' '.join(command)} failed:\n{shown.stderr}")
+    found = {}
+    archs = ARCHITECTURE.split(shown.stdout)
+    for arch, code in zip(archs[1::2], archs[2::2], strict=True):
+        functions = FUNCTION.split(code)
+        for symbol, text in zip(functions[1::2], functions[2::2], strict=True):
+            found[symbol, arch] = {op for op in ("HMMA", "HGMMA", "LDL", "STL") if f" {op}" in text}
+    return found
+
+
+def wrong_code(kernels: list[Kernel], found: dict[tuple[str, str], set[str]]) -> Iterator[str]:
+    for kernel in kernels:
+        said = f"{kernel.name} for sm_{kernel.arch}"
+        code = found.get((kernel.symbol, kernel.arch))
+        if code is None:
+            yield f"{said} has no machine code: {kernel.symbol}"
+            continue
+        if local := sorted(code & {"LDL", "STL"}):
+            yield f"{said} goes to local memory by {' and '.join(local)}: {kernel.symbol}"
+        if kernel.name not in ON_TENSOR_CORES or int(re.sub(r"\D", "", kernel.arch)) < 80:
+            continue
+        exact, multiplies = EXACT.search(kernel.symbol), code & {"HMMA", "HGMMA"}
+        if exact and multiplies:
+            yield f"{said} multiplies exact float32 on the tensor cores: {kernel.symbol}"
+        elif not exact and not multiplies:
+            yield f"{said} does not multiply on the tensor cores: {kernel.symbol}"
+
+
 def main(page: Path | None = None, folder: Path = BUILD) -> None:
     ninja = (folder / "build.ninja").read_text()
-    log = "".join((folder / f"{name}.log").read_text() for name in OBJECT.findall(ninja))
+    objects = OBJECT.findall(ninja)
+    log = "".join((folder / f"{name}.log").read_text() for name in objects)
     kernels, asked = read(log), set(ASKED.findall(ninja))
     wrong = [
         *COMPLAINT.findall(log),
@@ -116,10 +162,20 @@ def main(page: Path | None = None, folder: Path = BUILD) -> None:
         ),
         *uncovered(kernels, asked),
     ]
+    looked = ""
+    if cuobjdump := runpy.run_path(str(ROOT / "setup.py"))["find_cuda_tool"]("cuobjdump"):
+        found: dict[tuple[str, str], set[str]] = {}
+        with ThreadPoolExecutor() as pool:
+            for code in pool.map(lambda name: machine_code(cuobjdump, folder, name), objects):
+                found |= code
+        wrong += wrong_code(kernels, found)
+        looked = f", {sum('HMMA' in code for code in found.values())} on tensor cores"
+    else:
+        print("check_cuda.py: there is no cuobjdump to show the machine code", file=sys.stderr)
     if wrong or not kernels:
         print(*wrong, sep="\n", file=sys.stderr)
         raise SystemExit(f"check_cuda.py: {len(wrong)} complaints of {len(kernels)} kernels")
-    print(f"{len(kernels)} kernels for sm_{', sm_'.join(sorted(asked))}, none spills")
+    print(f"{len(kernels)} kernels for sm_{', sm_'.join(sorted(asked))}, none spills{looked}")
     if page:
         page.write_text(HEAD + table(kernels))
 

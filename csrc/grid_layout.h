@@ -40,11 +40,12 @@ struct GridShape {
     return m_tiles * tiles * (exact ? 8 : 4);
   }
   // Registers of a thread beside the weights: the sums; of each item the states, what is fetched
-  // and what is made; and the rest as compiled for sm_90.
+  // and what is made; and the rest as compiled for sm_80 and later.
   FUSED_RNN_FN constexpr int other_registers() const {
     const int of_item = backward ? saved + 3 * states + gates + 8 : 3 * gates + states + saved + 5;
-    return sums() + items() * of_item + 26 * (tiles - 1) + (backward ? 55 : 66) +
-           6 * (element - 2) + 72 * exact;
+    const int of_tiles = tiles == 1 ? 0 : backward || items() == 1 ? 26 : 46;
+    return sums() + items() * of_item + of_tiles + (backward ? 55 : 66) + 6 * (element - 2) +
+           72 * exact;
   }
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.

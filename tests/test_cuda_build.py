@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,10 @@ def library(tmp_path_factory):
     return folder / "fused_rnn" / "libfused_rnn_cuda.so"
 
 
+def cuobjdump():
+    return runpy.run_path(str(ROOT / "setup.py"))["find_cuda_tool"]("cuobjdump")
+
+
 def lines(*command):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -47,6 +52,9 @@ def test_no_kernel_spills(library):
     result = subprocess.run([sys.executable, CHECK], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert re.match(r"\d{3,} kernels for (sm_\d+, )*sm_\d+, none spills", result.stdout)
+    if cuobjdump() is None:
+        pytest.skip("needs cuobjdump: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+    assert re.search(r", \d{3,} on tensor cores$", result.stdout)
 
 
 @needs_nvcc
@@ -107,16 +115,33 @@ def said(symbol=FILL, arch=90, stack=0, stores=0, loads=0, registers=10):
     return SAID.format_map(locals())
 
 
-def check(folder, *logs, archs=(80, 90)):
-    """Runs check_cuda.py on a build for these architectures whose compilers said that."""
+def machine_code(*kernels):
+    """As cuobjdump shows it: (symbol, architecture, instructions) of each."""
+    return "".join(
+        f"\tcode for sm_{arch}\n\t\tFunction : {symbol}\n"
+        + "".join(f"        /*0000*/   {op} R1 ;\n" for op in instructions)
+        for symbol, arch, instructions in kernels
+    )
+
+
+def check(folder, *logs, archs=(80, 90), code=None):
+    """Runs check_cuda.py on a build for these architectures whose compilers said that, and whose
+    machine code is this; without it, an EXIT each."""
     flags = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs)
     ninja = f"rule nvcc\n  command = nvcc {flags} -gencode=arch=compute_90,code=compute_90 $in\n"
     for i, log in enumerate(logs):
         ninja += f"build cuda.{i}.o: nvcc {i}.cu\n"
         (folder / f"cuda.{i}.o.log").write_text(log)
+        entries = re.findall(r"function '(\w+)' for 'sm_(\d+)'", log)
+        text = code or machine_code(*((*entry, ["EXIT"]) for entry in entries))
+        (folder / f"cuda.{i}.o").write_text(text)
     (folder / "build.ninja").write_text(f"{ninja}build ops.o: compile ops.cpp\n")
+    tool = folder / "cuobjdump"
+    tool.write_text('#!/bin/sh\ntest "$1" = -sass && cat "$2"\n')
+    tool.chmod(0o755)
+    path = {"PATH": f"{folder}:{os.environ['PATH']}", "CUDA_HOME": ""}
     command = [sys.executable, CHECK, folder / "page.md", folder]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, env=os.environ | path, capture_output=True, text=True)
 
 
 def test_kernels_without_spills_for_every_architecture_pass_and_are_listed(tmp_path):
@@ -125,7 +150,7 @@ def test_kernels_without_spills_for_every_architecture_pass_and_are_listed(tmp_p
     second = said(other, arch=80, registers=14) + said(other, arch=90)
     result = check(tmp_path, first, second)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "4 kernels for sm_80, sm_90, none spills\n"
+    assert result.stdout == "4 kernels for sm_80, sm_90, none spills, 0 on tensor cores\n"
     assert "| `fill` | 2 | 14, 48 | 12, 48 |" in (tmp_path / "page.md").read_text()
 
 
@@ -159,6 +184,45 @@ def test_what_is_wrong_in_the_log_fails_the_check(log, complaint, tmp_path):
     assert result.returncode != 0
     assert complaint in result.stderr
     assert not (tmp_path / "page.md").exists()
+
+
+CLUSTER = "_ZN9fused_rnn4cuda15cluster_forwardINS_4LstmEfLi1ELi1EEEvNS0_14ClusterForwardIT0_EE"
+GRID = "_ZN9fused_rnn4cuda13grid_backwardINS_3GruEfLb0ELi2ELi1EEEvNS0_12GridBackwardIT0_EE"
+EXACT = GRID.replace("Lb0", "Lb1")
+
+
+@pytest.mark.parametrize("symbol", [CLUSTER, GRID])
+def test_what_keeps_weights_on_the_chip_is_on_tensor_cores_from_sm_80_on(symbol, tmp_path):
+    log = said(symbol, arch=75) + said(symbol)
+    code = machine_code((symbol, 75, ["EXIT"]), (symbol, 90, ["HMMA.1688.F32.TF32"]))
+    result = check(tmp_path, log, archs=(75, 90), code=code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "2 kernels for sm_75, sm_90, none spills, 1 on tensor cores\n"
+
+
+@pytest.mark.parametrize(
+    ("symbol", "instructions", "complaint"),
+    [
+        (CLUSTER, ["FFMA"], "does not multiply on the tensor cores"),
+        (GRID, ["FFMA"], "does not multiply on the tensor cores"),
+        (EXACT, ["HMMA.1688.F32.TF32"], "multiplies exact float32 on the tensor cores"),
+        (GRID, ["HMMA.16816.F32", "STL.64", "LDL"], "goes to local memory by LDL and STL"),
+        (FILL, ["@P0 STL"], "goes to local memory by STL"),
+    ],
+)
+def test_what_is_wrong_in_the_machine_code_fails_the_check(
+    symbol, instructions, complaint, tmp_path
+):
+    code = machine_code((symbol, 90, instructions))
+    result = check(tmp_path, said(symbol), archs=(90,), code=code)
+    assert result.returncode != 0
+    assert f"for sm_90 {complaint}: {symbol}" in result.stderr
+
+
+def test_a_kernel_that_is_not_in_the_machine_code_fails_the_check(tmp_path):
+    code = machine_code((FILL, 80, ["EXIT"]))
+    result = check(tmp_path, said(arch=80) + said(), code=code)
+    assert f"fill for sm_90 has no machine code: {FILL}" in result.stderr
 
 
 # ptxas holds a kernel to the bounds that it has, and to none where it has none.
