@@ -200,6 +200,15 @@ def test_what_keeps_weights_on_the_chip_is_on_tensor_cores_from_sm_80_on(symbol,
     assert result.stdout == "2 kernels for sm_75, sm_90, none spills, 1 on tensor cores\n"
 
 
+def test_kernels_for_clusters_alone_need_tensor_cores_from_sm_90_on(tmp_path):
+    symbol = CLUSTER.replace("15cluster_forward", "16cluster_backward").replace("Li1E", "Li4E", 1)
+    log = said(symbol, arch=80) + said(symbol)
+    code = machine_code((symbol, 80, ["EXIT"]), (symbol, 90, ["EXIT"]))
+    result = check(tmp_path, log, code=code)
+    assert result.stderr.count("does not multiply on the tensor cores") == 1
+    assert f"for sm_90 does not multiply on the tensor cores: {symbol}" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("symbol", "instructions", "complaint"),
     [
