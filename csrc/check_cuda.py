@@ -37,8 +37,9 @@ KERNEL = re.compile(r"_ZN9fused_rnn4cuda(?P<length>\d+)(?P<rest>\w+)")
 ON_TENSOR_CORES = ("cluster_forward", "cluster_backward", "grid_forward", "grid_backward")
 # The grid's third template argument is kExact: ...I<cell>fLb1E...
 EXACT = re.compile(r"grid_(?:forward|backward)I\w+?fLb1E")
-# Of more tiles than the warps of a lone block have: compiled where there are clusters, from sm_90 on.
-OF_CLUSTERS = re.compile(r"cluster_backwardI\w+?Li[3-9]E")
+# Compiled from sm_90 on: where there are clusters, more tiles than the warps of a lone block have;
+# and what no GPU before has the memory for.
+FROM_90 = re.compile(r"cluster_backwardI\w+?Li[3-9]E|grid_backwardI\w+?Lb0ELi5E")
 FUNCTION = re.compile(r"^\s*Function : (?P<symbol>\w+)$", re.MULTILINE)
 ARCHITECTURE = re.compile(r"^\s*code for sm_(?P<arch>\w+)$", re.MULTILINE)
 COMPLAINT = re.compile(r"^ptxas.*\b(?:warning|error|fatal)\b.*$", re.MULTILINE)
@@ -141,7 +142,7 @@ def wrong_code(kernels: list[Kernel], found: dict[tuple[str, str], set[str]]) ->
             continue
         if local := sorted(code & {"LDL", "STL"}):
             yield f"{said} goes to local memory by {' and '.join(local)}: {kernel.symbol}"
-        first = 90 if OF_CLUSTERS.search(kernel.symbol) else 80
+        first = 90 if FROM_90.search(kernel.symbol) else 80
         if kernel.name not in ON_TENSOR_CORES or int(re.sub(r"\D", "", kernel.arch)) < first:
             continue
         exact, multiplies = EXACT.search(kernel.symbol), code & {"HMMA", "HGMMA"}

@@ -11,6 +11,20 @@ namespace fused_rnn {
 inline constexpr int kClusterWarps = 8;  // of a CTA at most: an SM has registers for 8 full warps
 inline constexpr int kMostRegisters = 255;  // of a thread: the instruction encoding's limit
 
+// Tiles of K whose weights a warp keeps in registers at most. Tests set it low, so that small
+// problems have weights in shared memory, too.
+#ifdef FUSED_RNN_MOST_HELD
+inline constexpr int kMostHeld = FUSED_RNN_MOST_HELD;
+#else
+inline constexpr int kMostHeld = kMostRegisters;
+#endif
+
+// How many fit a thread beside `other` registers: 4 hold its share of a tile.
+FUSED_RNN_FN constexpr int held_tiles(int other, int m_tiles) {
+  const int fit = (kMostRegisters - other) / (4 * m_tiles);
+  return fit < kMostHeld ? fit : kMostHeld;
+}
+
 // The first unit of CTA i when blocks of `granule` units are dealt evenly to a team.
 FUSED_RNN_FN constexpr int64_t unit_begin(int64_t H, int64_t granule, int64_t team, int64_t i) {
   const int64_t unit = i * ((H + granule - 1) / granule) / team * granule;
@@ -39,7 +53,7 @@ struct WarpShape {
   }
   // Tiles of K whose weights a warp keeps in registers; even, as tiles are multiplied in pairs.
   FUSED_RNN_FN constexpr int held() const {
-    return (kMostRegisters - other_registers()) / (8 * m_tiles()) * 2;
+    return held_tiles(other_registers(), m_tiles()) / 2 * 2;
   }
 };
 
@@ -141,7 +155,7 @@ struct BackwardShape {
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.
   FUSED_RNN_FN constexpr int held() const {
-    const int fit = (kMostRegisters - other_registers()) / (4 * m_tiles);
+    const int fit = held_tiles(other_registers(), m_tiles);
     return element == 4 ? fit / 2 * 2 : fit;
   }
 };

@@ -9,11 +9,14 @@
 namespace fused_rnn {
 
 inline constexpr int kGridWarps = 8;
+inline constexpr int kMostOfLine = 8;
 
 // What is fixed when a kernel is compiled. A block multiplies its rows of a matrix of weights by an
-// operand that all blocks of its team have made, for `tiles` times 8 rows of the batch. Forward its
-// rows are the gates of its units and the operand is h; backward they are its units and the operand
-// is the gate gradients. Every warp has all of the block's rows and a part of K.
+// operand that blocks of its team have made, for `tiles` times 8 rows of the batch. Forward its
+// rows are the gates of its units, the operand is h, all of it. Backward the blocks of a team stand
+// in lines: a line's blocks have the same rows, the units of all of them, and each has the gate
+// gradients of another part of all units for an operand. Every warp has all of the block's rows and
+// a part of the operand's K.
 struct GridShape {
   int gates, states, saved;  // of the cell
   int element;               // bytes of an element of the weights and of the operand
@@ -31,9 +34,11 @@ struct GridShape {
   FUSED_RNN_FN constexpr int words(int granule) const {
     return (granule + values_of_word() - 1) / values_of_word();
   }
+  // Units that a block owns at most.
+  FUSED_RNN_FN constexpr int most_units() const { return backward ? 32 : rows() / gates; }
   // Of a thread: units of rows of the batch whose states it has.
   FUSED_RNN_FN constexpr int items() const {
-    const int all = rows() / rows_of_unit() * columns(), threads = 32 * kGridWarps;
+    const int all = most_units() * columns(), threads = 32 * kGridWarps;
     return (all + threads - 1) / threads;
   }
   FUSED_RNN_FN constexpr int sums() const {  // of a lane
@@ -43,80 +48,132 @@ struct GridShape {
   // and what is made; and the rest as compiled for sm_80 and later.
   FUSED_RNN_FN constexpr int other_registers() const {
     const int of_item = backward ? saved + 3 * states + gates + 8 : 3 * gates + states + saved + 5;
-    const int of_tiles = tiles == 1 ? 0 : backward || items() == 1 ? 26 : 46;
-    return sums() + items() * of_item + of_tiles + (backward ? 55 : 66) + 6 * (element - 2) +
-           72 * exact;
+    const int of_tiles = tiles == 1 ? 0 : backward ? 34 : items() == 1 ? 26 : 58;
+    return sums() + items() * of_item + of_tiles +
+           (backward && !exact ? 84 + 8 * (gates == 3) : 66) + 6 * (element - 2) + 72 * exact;
   }
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.
   FUSED_RNN_FN constexpr int held() const {
-    const int fit = (kMostRegisters - other_registers()) / (4 * m_tiles);
-    if (element == 4) return fit / 2 * 2;
-    return backward ? (fit - 1) / 2 * 2 + 1 : fit;  // an even one spilled more often
+    const int fit = held_tiles(other_registers(), m_tiles);
+    return element == 4 ? fit / 2 * 2 : fit;
   }
 };
 
 struct GridCut {
   int team, groups;  // blocks that hold the weights together; such teams at a time
+  int line;          // blocks of a team with the same rows, each with its part of the units' gates
+  bool overlaid;     // the sums stand where the operand stood: less shared memory, more barriers
   int granule;       // units whose values travel together
   int units;         // of the block with most
-  int parts;         // of K, each a warp's
-  int part_tiles;    // tiles of K in a part, even
-  int chunks;        // of `granule` values, that travel of a row of the batch in a turn
+  int tiles;         // of a block's K, even
+  int parts;         // of these, each a warp's
+  int part_tiles;    // of a part, even; the last one may have fewer
+  int chunks;        // of `granule` values, that a block receives of a row in a turn
+
+  FUSED_RNN_FN constexpr int tiles_of(int part) const {
+    return part + 1 < parts ? part_tiles : tiles - part * part_tiles;
+  }
 };
+
+// Units are dealt to the parts, and a part's to the lines: a block owns those of its part and line.
+struct GridUnits {
+  int part_begin, part_end;  // of all blocks of the same part
+  int begin, end;            // of the block
+
+  FUSED_RNN_FN constexpr GridUnits(int64_t H, int64_t granule, int64_t team, int64_t of_line,
+                                   int64_t line, int64_t part)
+      : part_begin(int(unit_begin(H, granule, of_line, part))),
+        part_end(int(unit_begin(H, granule, of_line, part + 1))),
+        begin(of_part(granule, team / of_line, line)),
+        end(of_part(granule, team / of_line, line + 1)) {}
+
+ private:
+  FUSED_RNN_FN constexpr int of_part(int64_t granule, int64_t lines, int64_t line) const {
+    return part_begin + int(unit_begin(part_end - part_begin, granule, lines, line));
+  }
+};
+
+constexpr int64_t most_grid_units(int64_t H, int64_t granule, int64_t team, int64_t of_line) {
+  int64_t most = 0;
+  for (int64_t part = 0; part < of_line; ++part) {
+    const GridUnits all(H, granule, of_line, of_line, 0, part);
+    const int64_t units = most_units(all.end - all.begin, granule, team / of_line);
+    most = units > most ? units : most;
+  }
+  return most;
+}
 
 // With m_tiles of 0, no kernel is compiled for so many units.
 constexpr GridShape grid_shape(int gates, int states, int saved, int element, bool exact,
-                               bool backward, int64_t units, int64_t batch_tile) {
-  GridShape shape{gates, states, saved, element, exact, backward, 1, int(batch_tile / 8)};
-  const int64_t rows = units * shape.rows_of_unit();
-  const int most = backward && !exact ? 2 : 4;
-  while (shape.m_tiles < most && shape.rows() < rows) shape.m_tiles *= 2;
-  // Forward, one tile holds the units of the RNN alone, and two do for it.
-  if (!backward && shape.m_tiles == 1) shape.m_tiles = 2;
-  if (shape.rows() < rows) shape.m_tiles = 0;
+                               bool backward, int64_t units, int64_t line, int64_t batch_tile) {
+  GridShape shape{gates, states, saved, element, exact, backward, 0, int(batch_tile / 8)};
+  const int64_t tiles =
+      (units * line * shape.rows_of_unit() + shape.tile_rows() - 1) / shape.tile_rows();
+  // Five: 80 rows of a GRU of 2,560 units in a half type, for which sm_90 has the memory.
+  const bool five = backward && gates == 3 && element == 2 && shape.tiles == 1;
+  shape.m_tiles = tiles <= 2 ? 2 : tiles <= 4 ? 4 : tiles == 5 && five ? 5 : 0;
+  if (units > shape.most_units()) shape.m_tiles = 0;
   return shape;
 }
 
-constexpr GridCut grid_cut(GridShape shape, int64_t H, int64_t team, int64_t groups,
-                           int64_t granule) {
+constexpr GridCut grid_cut(GridShape shape, int64_t H, int64_t team, int64_t groups, int64_t line,
+                           bool overlaid, int64_t granule) {
   GridCut cut{};
   cut.team = int(team);
   cut.groups = int(groups);
+  cut.line = int(line);
+  cut.overlaid = overlaid;
   cut.granule = int(granule);
-  cut.units = int(most_units(H, granule, team));
-  cut.chunks = int((H + granule - 1) / granule) * shape.values_of_unit();
+  cut.units = int(most_grid_units(H, granule, team, line));
+  cut.chunks = int((most_units(H, granule, line) + granule - 1) / granule) * shape.values_of_unit();
   const int K = cut.chunks * cut.granule, pair = 2 * shape.depth();
   const int pairs = (K + pair - 1) / pair;
   cut.parts = pairs < kGridWarps ? pairs : kGridWarps;
+  cut.tiles = 2 * pairs;
   cut.part_tiles = (pairs + cut.parts - 1) / cut.parts * 2;
-  cut.parts = (2 * pairs + cut.part_tiles - 1) / cut.part_tiles;  // the last ones may be left out
+  cut.parts = (cut.tiles + cut.part_tiles - 1) / cut.part_tiles;  // the last ones may be left out
   return cut;
 }
 
 // Where things stand in shared memory, in bytes from its start; the operand first.
 struct GridShared {
   int64_t stride;   // elements from row to row of the operand
-  int64_t weights;  // those that registers do not hold
   int64_t sums;     // of every part of K
+  int64_t weights;  // those that registers do not hold
+  int64_t others;   // the line's sums of the block's units
   int64_t bytes;
 
   FUSED_RNN_FN constexpr GridShared(GridShape shape, GridCut cut)
       // 16 bytes more than a multiple of 32: ldmatrix finds 8 rows in different banks.
-      : stride(int64_t(cut.parts) * cut.part_tiles * shape.depth() + 16 / shape.element),
-        weights(shape.columns() * stride * shape.element),
-        sums(weights + weight_bytes(shape, cut.parts, cut.part_tiles)),
-        bytes(sums + int64_t(cut.parts) * shape.rows() * shape.columns() * 4) {}
+      : stride(int64_t(cut.tiles) * shape.depth() + 16 / shape.element),
+        sums(cut.overlaid ? 0 : shape.columns() * stride * shape.element),
+        weights(more(shape.columns() * stride * shape.element,
+                     sums + int64_t(cut.parts) * shape.rows() * shape.columns() * 4)),
+        others(weights + weight_bytes(shape, cut)),
+        bytes(others + int64_t(cut.line - 1) * shape.columns() * cut.units * 4) {}
 
-  FUSED_RNN_FN static constexpr int64_t weight_bytes(GridShape shape, int warps, int part_tiles) {
-    const int left = part_tiles > shape.held() ? part_tiles - shape.held() : 0;
-    return int64_t(warps) * left * shape.m_tiles * 32 * 16;
+  FUSED_RNN_FN static constexpr int64_t bytes_of_warp(GridShape shape, int tiles) {
+    return tiles > shape.held() ? int64_t(tiles - shape.held()) * shape.m_tiles * 32 * 16 : 0;
   }
+  FUSED_RNN_FN static constexpr int64_t weight_bytes(GridShape shape, GridCut cut) {
+    return (cut.parts - 1) * bytes_of_warp(shape, cut.part_tiles) +
+           bytes_of_warp(shape, cut.tiles_of(cut.parts - 1));
+  }
+
+ private:
+  FUSED_RNN_FN static constexpr int64_t more(int64_t a, int64_t b) { return a > b ? a : b; }
 };
 
-// Words that a launch exchanges through: two slots for each group.
+// Words that a launch exchanges through, two slots for each group: of the operand's parts, and of
+// the sums that the blocks of a line make for each other.
+FUSED_RNN_FN constexpr int64_t operand_words(GridShape shape, GridCut cut) {
+  return int64_t(2) * cut.groups * cut.line * shape.columns() * cut.chunks *
+         shape.words(cut.granule);
+}
 FUSED_RNN_FN constexpr int64_t grid_words(GridShape shape, GridCut cut) {
-  return int64_t(2) * cut.groups * shape.columns() * cut.chunks * shape.words(cut.granule);
+  const int64_t sums = int64_t(2) * cut.groups * cut.team * cut.line * shape.columns() * cut.units;
+  return operand_words(shape, cut) + (cut.line > 1 ? sums : 0);
 }
 
 }  // namespace fused_rnn

@@ -31,6 +31,8 @@ constexpr double kL2BytesPerCycle = 30;
 constexpr double kMmaCycles = 24, kMmaShare = 0.63;
 // Assumed: gates, two block barriers, sums over the parts of K, the address arithmetic of a step.
 constexpr double kPointwiseCycles = 250;
+// Assumed: one more block barrier.
+constexpr double kBarrierCycles = 30;
 // Published: from the end of a kernel to the start of the next in a CUDA graph, 1.24 to 1.40 us on
 // an H100 (one unreviewed repository).
 constexpr double kKernelUs = 1.3;
@@ -95,10 +97,13 @@ struct Planner {
   struct Cut {
     Algorithm algorithm;
     int64_t team, granule, batch_tile, active;
+    int64_t line = 1;
+    bool overlaid = false;
   };
   // W_hh's part on a CTA as a matrix of M by K: it sums over K. Forward it is the CTA's gates by
   // all of h. Backward the cluster's is all units by the CTA's gates, whose gradients it has:
-  // partial sums of dh travel; the grid's the CTA's units by all gate gradients, which travel.
+  // partial sums of dh travel; the grid's the units of the CTA's line by the gates of a part of all
+  // units, whose gradients travel, and then sums within the line.
   struct Product {
     int64_t M, K;
     bool reduces;
@@ -109,7 +114,8 @@ struct Planner {
   BackwardShape shape_of_backward(int64_t batch_tile) const;
   void place_backward(const Cut& cut, Plan* plan) const;
   Product product(const Cut& cut, int64_t units) const;
-  GridShape shape_of_grid(int64_t units, int64_t batch_tile) const;
+  GridShape shape_of_grid(const Cut& cut, int64_t units) const;
+  GridCut cut_of_grid(const Cut& cut, GridShape shape, int64_t groups) const;
   void place_grid(const Cut& cut, Plan* plan) const;
   void predict(const Cut& cut, const Product& part, Plan* plan) const;
   double exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const;
@@ -162,7 +168,8 @@ std::string Planner::cannot_persist(bool exact) const {
 Planner::Product Planner::product(const Cut& cut, int64_t units) const {
   const int64_t G = cell.gates, H = problem.H;
   if (!problem.backward) return {G * units, R, false};
-  if (cut.algorithm == Algorithm::kGrid) return {units, G * H, false};
+  if (cut.algorithm == Algorithm::kGrid)
+    return {cut.line * units, G * most_units(H, cut.granule, cut.line), false};
   return {R, G * units, true};
 }
 
@@ -179,9 +186,9 @@ double Planner::product_cycles(const Product& part, int64_t k_split, int64_t col
 double Planner::exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const {
   const int64_t values = part.reduces ? cut.team * units : part.K;
   if (cut.algorithm == Algorithm::kGrid) {  // words of 8 bytes
-    const GridShape shape = shape_of_grid(units, cut.batch_tile);
-    const GridCut warps = grid_cut(shape, problem.H, cut.team, 1, cut.granule);
-    return 8.0 * warps.chunks * shape.words(warps.granule);
+    const GridShape shape = shape_of_grid(cut, units);
+    const GridCut warps = cut_of_grid(cut, shape, 1);
+    return 8.0 * (warps.chunks * shape.words(warps.granule) + (cut.line - 1) * units);
   }
   const double of_peers = double(cut.team - 1) / cut.team;
   return of_peers * values * (part.reduces ? 4 : bytes);
@@ -202,10 +209,12 @@ void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
       product);
   add(kilobytes(reads) + " of weights read from shared memory at 128 B a cycle",
       reads / kSharedBytesPerCycle);
-  add("gates and barriers", kPointwiseCycles);
+  add("gates and barriers",
+      kPointwiseCycles + kBarrierCycles * (2 * cut.overlaid + (cut.line > 1)));
   if (grid || cut.team > 1) {  // a grid's CTA reads its own words, too
-    add(grid ? "latency through L2" : "latency of a peer's shared memory",
-        grid ? kL2Cycles : kPeerCycles);
+    const char* const through = cut.line > 1 ? "latency through L2, twice" : "latency through L2";
+    add(grid ? through : "latency of a peer's shared memory",
+        grid ? (cut.line > 1 ? 2 : 1) * kL2Cycles : kPeerCycles);
     add(kilobytes(arrives) + " exchanged at " + number(rate, "B a cycle"), arrives / rate);
   }
   for (const Cost& cost : plan->costs) plan->us_per_step += cost.us;
@@ -252,20 +261,26 @@ void Planner::place_backward(const Cut& cut, Plan* plan) const {
 }
 
 // grid_layout.h says how.
-GridShape Planner::shape_of_grid(int64_t units, int64_t batch_tile) const {
-  return grid_shape(int(cell.gates), int(cell.states), int(cell.saved), int(bytes),
-                    problem.arithmetic == Arithmetic::kFp32, problem.backward, units, batch_tile);
+GridShape Planner::shape_of_grid(const Cut& cut, int64_t units) const {
+  GridShape shape = grid_shape(int(cell.gates), int(cell.states), int(cell.saved), int(bytes),
+                               problem.arithmetic == Arithmetic::kFp32, problem.backward, units,
+                               cut.line, cut.batch_tile);
+  if (shape.m_tiles == 5 && device.capability < 90) shape.m_tiles = 0;  // not compiled there
+  return shape;
+}
+GridCut Planner::cut_of_grid(const Cut& cut, GridShape shape, int64_t groups) const {
+  return grid_cut(shape, problem.H, cut.team, groups, cut.line, cut.overlaid, cut.granule);
 }
 
 void Planner::place_grid(const Cut& cut, Plan* plan) const {
-  const GridShape shape = shape_of_grid(plan->units, cut.batch_tile);
+  const GridShape shape = shape_of_grid(cut, plan->units);
   if (shape.m_tiles == 0) return;  // more units than its kernels take: misfit says so
-  const GridCut warps = grid_cut(shape, problem.H, cut.team, plan->teams, cut.granule);
+  const GridCut warps = cut_of_grid(cut, shape, plan->teams);
   const int64_t tile_bytes = 32 * 16;
   plan->k_split = warps.parts;
   plan->threads = kThreads;
-  plan->weight_bytes = warps.parts * warps.part_tiles * shape.m_tiles * tile_bytes;
-  plan->shared_weight_bytes = GridShared::weight_bytes(shape, warps.parts, warps.part_tiles);
+  plan->weight_bytes = warps.tiles * shape.m_tiles * tile_bytes;
+  plan->shared_weight_bytes = GridShared::weight_bytes(shape, warps);
   plan->register_bytes = plan->weight_bytes - plan->shared_weight_bytes;
   plan->registers =
       shape.other_registers() + 4 * shape.m_tiles * std::min(shape.held(), warps.part_tiles);
@@ -278,6 +293,8 @@ Plan Planner::lay_out(const Cut& cut) const {
   plan.algorithm = cut.algorithm;
   plan.team = cut.team;
   plan.batch_tile = cut.batch_tile;
+  plan.line = cut.line;
+  plan.overlaid = cut.overlaid;
   plan.granule = cut.granule;
   plan.tiles = ceil_div(problem.N, cut.batch_tile);
   plan.teams = std::min(cut.active, plan.tiles);
@@ -285,8 +302,11 @@ Plan Planner::lay_out(const Cut& cut) const {
   // Clusters wait for nobody else, so later waves may start when earlier ones end; the grid's CTAs
   // wait for each other and take their tiles in turn.
   plan.ctas = cut.team * (cut.algorithm == Algorithm::kGrid ? plan.teams : plan.tiles);
-  for (int64_t i = 0; i <= cut.team; ++i)
-    plan.unit_bounds.push_back(unit_begin(problem.H, cut.granule, cut.team, i));
+  const int64_t lines = cut.team / cut.line;
+  for (int64_t i = 0; i < cut.team; ++i)
+    plan.unit_bounds.push_back(
+        GridUnits(problem.H, cut.granule, cut.team, cut.line, i % lines, i / lines).begin);
+  plan.unit_bounds.push_back(problem.H);
   for (int64_t i = 0; i < cut.team; ++i)
     plan.units = std::max(plan.units, plan.unit_bounds[i + 1] - plan.unit_bounds[i]);
   plan.rows = cell.gates * plan.units;
@@ -358,17 +378,23 @@ std::string Planner::grid(Plan* best) const {
   if (!reason.empty()) return reason;
   const bool exact = problem.arithmetic == Arithmetic::kFp32;
   Plan nearest;
-  for (int64_t groups = 1; groups <= device.sms; groups *= 2) {
-    // Four halves take two words of three; eight take three.
-    for (int64_t granule = 4; granule <= 16 / bytes; granule *= 2) {
-      const int64_t blocks = ceil_div(problem.H, granule);
-      const int64_t of_cta = ceil_div(blocks, device.sms / groups);
-      const int64_t team = ceil_div(blocks, of_cta);  // no CTA without a unit
-      for (int64_t tile = 8; tile <= (exact ? 8 : 16) && (tile == 8 || 8 < problem.N); tile *= 2)
+  const auto deal = [&](int64_t groups, int64_t granule, int64_t line) {
+    const int64_t blocks = ceil_div(problem.H, granule), most = device.sms / groups / line;
+    const int64_t of_part = ceil_div(blocks, line);
+    if (most == 0) return;
+    const int64_t lines = ceil_div(of_part, ceil_div(of_part, most));
+    if (blocks / line < lines) return;  // a CTA would have no unit
+    for (int64_t tile = 8; tile <= (exact ? 8 : 16) && (tile == 8 || 8 < problem.N); tile *= 2)
+      for (const bool overlaid : {false, true})
         if (groups <= ceil_div(problem.N, tile))
-          consider({Algorithm::kGrid, team, granule, tile, groups}, best, &nearest);
-    }
-  }
+          consider({Algorithm::kGrid, lines * line, granule, tile, groups, line, overlaid}, best,
+                   &nearest);
+  };
+  for (int64_t groups = 1; groups <= device.sms; groups *= 2)
+    // Four halves take two words of three; eight take three.
+    for (int64_t granule = 4; granule <= 16 / bytes; granule *= 2)
+      for (int64_t line = 1; line <= (problem.backward ? kMostOfLine : 1); line *= 2)
+        deal(groups, granule, line);
   return verdict(*best, nearest);
 }
 

@@ -68,6 +68,8 @@ struct Cost {
 struct Plan {
   Algorithm algorithm = Algorithm::kStepwise;
   int64_t team = 1;        // CTAs that hold W_hh together: a cluster, or a group of the grid
+  int64_t line = 1;        // of these, how many have the same rows, each for its part of K
+  bool overlaid = false;   // sums take the operand's place in shared memory
   int64_t teams = 1;       // at work at a time
   int64_t batch_tile = 0;  // rows of the batch that a team runs together
   int64_t tiles = 0;       // ceil(N / batch_tile)

@@ -59,6 +59,8 @@ py::dict to_dict(const Plan& plan) {
   d["proven"] = algorithm.proven;
   d["team"] = plan.team;
   d["teams"] = plan.teams;
+  d["line"] = plan.line;
+  d["overlaid"] = plan.overlaid;
   d["batch_tile"] = plan.batch_tile;
   d["tiles"] = plan.tiles;
   d["waves"] = plan.waves;

@@ -141,6 +141,9 @@ class Plan:
         proven: whether its kernels have run on a GPU; before that it runs only by name.
         team: CTAs that hold ``W_hh`` together: the cluster, or a group of the grid's CTAs.
         teams: how many are at work at a time.
+        line: how many CTAs of a team have the same rows of ``W_hh``, each for its part of K, and
+            add up their sums; 1 but for the grid's backward.
+        overlaid: whether sums take the operand's place in shared memory, behind more barriers.
         batch_tile: rows of the batch that a team runs together; tile ``i`` is rows
             ``i * batch_tile`` to ``min(N, (i + 1) * batch_tile)``.
         tiles: ``ceil(N / batch_tile)``.
@@ -172,6 +175,8 @@ class Plan:
     proven: bool
     team: int
     teams: int
+    line: int
+    overlaid: bool
     batch_tile: int
     tiles: int
     waves: int
@@ -200,11 +205,12 @@ class Plan:
         if self.algorithm == "stepwise":
             return "a step is torch's GEMM, then one pointwise kernel"
         teams = _count(self.teams, "cluster" if self.algorithm == "cluster" else "group")
+        lines = f" in lines of {self.line}" if self.line > 1 else ""
         kb = 1024
         return (
-            f"{teams} of {_count(self.team, 'CTA')}, each with {self.batch_tile} rows of the batch "
-            f"at a time; {_count(self.tiles, 'tile')} in {_count(self.waves, 'wave')}; a CTA has "
-            f"up to {_count(self.units, 'unit')}, {_count(self.rows, 'row')} of W_hh: "
+            f"{teams} of {_count(self.team, 'CTA')}{lines}, each with {self.batch_tile} rows of "
+            f"the batch at a time; {_count(self.tiles, 'tile')} in {_count(self.waves, 'wave')}; "
+            f"a CTA has up to {_count(self.units, 'unit')}, {_count(self.rows, 'row')} of W_hh: "
             f"{self.register_bytes / kb:.0f} KB in registers, "
             f"{self.shared_weight_bytes / kb:.0f} KB in shared memory "
             f"({self.shared_bytes / kb:.0f} KB used in all)"

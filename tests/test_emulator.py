@@ -253,8 +253,12 @@ WRONG_BACKWARD = {
     "starts-too-early": ("      cluster_sync();", "      ;", False),
 }
 WRONG_GRID = {
-    "no-wait": ("if (!is_of(value, turn))", "if (false)", False),
-    "one-slot": ("(turn & 1) * team.cut.groups", "0 * team.cut.groups", False),
+    "no-wait": ("if (!is_there(value))", "if (false)", False),
+    "one-slot": (
+        "((turn & 1) * team.cut.groups + group()) * team.cut.line",
+        "group() * team.cut.line",
+        False,
+    ),
     "words-swapped": ("values[1] << 48;", "values[2] << 48;", False),
     "no-number": ("value | number(turn));", "value | number(0));", False),
     "too-many-rows": ("return row + column < team.N;", "return true;", False),
@@ -263,6 +267,18 @@ WRONG_GRID_FORWARD = {
     "no-meeting-of-parts": ("multiply();\n      sync_block();", "multiply();", False),
     "multiplies-too-early": ("sync_block();\n      block.multiply", "block.multiply", False),
 }
+WRONG_GRID_BACKWARD = WRONG_GRID_FORWARD | {
+    "no-meeting-of-sums": (
+        "exchange_sums(turn);\n        sync_block();",
+        "exchange_sums(turn);",
+        False,
+    ),
+    "no-zeros": ("this->store_operand(0, i, A(0));", ";", False),
+}
+WRONG_LINE = {
+    "no-wait-for-sums": ("found >> 32 == uint32_t(turn + 1)", "found >> 32 > 0", False),
+    "sums-of-one": ("const int other = of - (of > part);", "const int other = 0;", False),
+}
 WRONG = {
     f"{name}-{mistake}": (f"{name}.cpp", f"{file}.cuh", *change)
     for name, file, changes in (
@@ -270,7 +286,8 @@ WRONG = {
         ("cluster_backward", "cluster_backward", WRONG_BACKWARD),
         ("grid_forward", "grid", WRONG_GRID),
         ("grid_forward", "grid_forward", WRONG_GRID_FORWARD),
-        ("grid_backward", "grid_backward", WRONG_GRID_FORWARD),
+        ("grid_backward", "grid_backward", WRONG_GRID_BACKWARD),
+        ("grid_backward", "grid", WRONG_LINE),
     )
     for mistake, change in changes.items()
 }
@@ -279,6 +296,7 @@ TOLD = (
     "cluster_backward-one-buffer-of-sums",
     "grid_forward-no-wait",
     "grid_backward-multiplies-too-early",
+    "grid_backward-no-wait-for-sums",
 )
 
 

@@ -54,8 +54,10 @@ template <class Cell, class T, class Run>
 void with_grid(const Layer& a, bool backward, const Plan& plan, Run run) {
   const auto of = [&](auto exact) {
     const GridShape shape = grid_shape(Cell::kGates, Cell::kStates, Cell::kSaved, sizeof(T), exact,
-                                       backward, plan.units, plan.batch_tile);
-    run(shape, grid_cut(shape, a.H, plan.team, plan.teams, plan.granule), exact);
+                                       backward, plan.units, plan.line, plan.batch_tile);
+    const GridCut cut =
+        grid_cut(shape, a.H, plan.team, plan.teams, plan.line, plan.overlaid, plan.granule);
+    run(shape, cut, exact);
   };
   if constexpr (sizeof(T) == 4)
     if (!a.tf32) return of(std::true_type());

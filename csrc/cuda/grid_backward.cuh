@@ -1,10 +1,11 @@
 // grid, backward: teams of blocks that fill the chip hold W_hh transposed and run a tile of the
 // batch back through all steps, and then the next one. See grid.cuh for how they work together.
 //
-// A block owns some units, which are its rows. In a turn it makes their gate gradients, gets those
-// of all units from the others, and multiplies: dL/dh of its own units for the step before. Of a
-// row of the batch G H values arrive at a block; partial sums of dh would be H words of fp32, fewer
-// bytes for the LSTM (docs/kernels/grid_backward.md counts them).
+// A block owns some units; its rows are the units of all blocks of its line. In a turn it makes the
+// gate gradients of its units, gets those of its part of all units from the blocks of the same
+// part, and multiplies. The sums of its rows it divides with its line: each block adds up what all
+// of them have of its own units, dL/dh for the step before. docs/kernels/grid_backward.md counts
+// the bytes.
 #pragma once
 
 #include "backward_units.cuh"
@@ -30,17 +31,20 @@ struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
   FUSED_RNN_DEVICE explicit GridBackwardBlock(const GridBackward<T>& a)
       : Block(a.team), loop(a.loop) {
     const int64_t H = this->team.H;
-    const int granule = this->team.cut.granule;
+    const GridCut& cut = this->team.cut;
     // Chunks of the operand are units of a granule at one gate after the other.
     this->load_weights(
-        [&](int row) -> const T* {
-          const int64_t u = this->first_unit + row;
-          return u < this->units_end ? loop.w_hh + u : nullptr;
+        [&](int row) {
+          if (row >= cut.line * cut.units) return -1;
+          const GridUnits its = this->units_of(row / cut.units);
+          const int u = its.begin + row % cut.units;
+          return u < its.end ? u : -1;
         },
-        [&](const T* of_unit, int k) {
-          const int64_t u = int64_t(k / granule / kGates) * granule + k % granule;
-          const int64_t gate = k / granule % kGates;
-          return of_unit && u < H ? load(of_unit + (gate * H + u) * H) : from_float<T>(0);
+        [&](int unit, int k) {
+          const int granule = k / cut.granule / kGates, gate = k / cut.granule % kGates;
+          const int u = this->own.part_begin + granule * cut.granule + k % cut.granule;
+          const bool exists = unit >= 0 && u < this->own.part_end;
+          return exists ? load(loop.w_hh + (gate * H + u) * H + unit) : from_float<T>(0);
         });
     // Where nothing arrives the operand meets weights of zero, and must be finite.
     const int elements = int(Block::kColumns * this->place.stride);
@@ -60,7 +64,7 @@ struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
   // What a turn's product sends into the carried hidden states.
   FUSED_RNN_DEVICE void add() {
     this->each([&](int k, int64_t n, int64_t u) {
-      const A sum[1] = {this->sum_of(this->units[k], this->columns[k])};
+      const A sum[1] = {this->sum_of_line(this->units[k], this->columns[k])};
       mine[k].add(loop, n, u, u + 1, sum);
     });
   }
@@ -85,9 +89,10 @@ struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
 template <class Cell, class T, bool kExact, int kM, int kTiles>
 FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_backward(GridBackward<T> a) {
   if constexpr (!has_mma()) return unsupported("the grid algorithm needs sm_80");
+  if constexpr (!has_clusters() && kM == 5) return unsupported("so many rows need sm_90");
   GridBackwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  for (int64_t tile = block.group; tile * block.kColumns < a.team.N; tile += a.team.cut.groups) {
+  for (int64_t tile = block.group(); tile * block.kColumns < a.team.N; tile += a.team.cut.groups) {
     block.start(tile);
     for (int64_t step = a.loop.layer.loop.T - 1; step >= 0; --step, ++turn) {
       block.update(step, turn);
@@ -97,6 +102,10 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_backward(GridB
       sync_block();
       block.multiply();
       sync_block();
+      if (a.team.cut.line > 1) {
+        block.exchange_sums(turn);
+        sync_block();
+      }
       block.add();
     }
     block.write_carried();
@@ -110,14 +119,16 @@ void backward_grid(const BackwardArgs& a, GridShape shape, const GridCut& cut, M
     loop.team.words = machine.template memory<uint64_t>(grid_words(shape, cut));
     const auto launch = [&](auto kernel) { launch_grid(machine, shape, cut, kernel, loop); };
     const int m = shape.m_tiles;
-    if constexpr (kExact)
-      launch(m == 1   ? grid_backward<Cell, T, true, 1, 1>
-             : m == 2 ? grid_backward<Cell, T, true, 2, 1>
-                      : grid_backward<Cell, T, true, 4, 1>);
-    else if (shape.tiles == 2)
-      launch(m == 1 ? grid_backward<Cell, T, false, 1, 2> : grid_backward<Cell, T, false, 2, 2>);
-    else
-      launch(m == 1 ? grid_backward<Cell, T, false, 1, 1> : grid_backward<Cell, T, false, 2, 1>);
+    if constexpr (kExact) {
+      launch(m == 2 ? grid_backward<Cell, T, true, 2, 1> : grid_backward<Cell, T, true, 4, 1>);
+    } else {
+      if constexpr (sizeof(T) == 2 && Cell::kGates == 3)
+        if (m == 5) return launch(grid_backward<Cell, T, false, 5, 1>);
+      if (shape.tiles == 2)
+        launch(m == 2 ? grid_backward<Cell, T, false, 2, 2> : grid_backward<Cell, T, false, 4, 2>);
+      else
+        launch(m == 2 ? grid_backward<Cell, T, false, 2, 1> : grid_backward<Cell, T, false, 4, 1>);
+    }
   });
 }
 

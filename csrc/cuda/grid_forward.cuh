@@ -33,16 +33,17 @@ struct GridForwardBlock : GridBlock<Cell, T, false, kExact, kM, kTiles> {
       : Block(a.team), layer(a.layer), first_operand(a.operand) {
     const int of_gate = this->team.cut.units;
     this->load_weights(
-        [&](int row) -> const T* {
-          const int64_t gate = row / of_gate, u = this->first_unit + row % of_gate;
-          return gate < kGates && u < this->units_end ? layer.w_hh + (gate * layer.H + u) * layer.H
-                                                      : nullptr;
+        [&](int row) {
+          const int gate = row / of_gate, u = this->own.begin + row % of_gate;
+          return gate < kGates && u < this->own.end ? gate * int(layer.H) + u : -1;
         },
-        [&](const T* row, int k) { return row && k < layer.H ? load(row + k) : from_float<T>(0); });
+        [&](int row, int k) {
+          return row >= 0 && k < layer.H ? load(layer.w_hh + row * layer.H + k) : from_float<T>(0);
+        });
     FUSED_RNN_UNROLL
     for (int k = 0; k < kItems; ++k) {
-      const int64_t u = this->first_unit + this->units[k];
-      biases[k].load(layer, u, u < this->units_end);
+      const int64_t u = this->own.begin + this->units[k];
+      biases[k].load(layer, u, u < this->own.end);
     }
   }
 
@@ -50,6 +51,7 @@ struct GridForwardBlock : GridBlock<Cell, T, false, kExact, kM, kTiles> {
   FUSED_RNN_DEVICE void start(int64_t tile) {
     this->row = tile * Block::kColumns;
     const int length = int(this->place.stride);
+    if (this->team.cut.overlaid) sync_block();  // others still read the sums of the tile before
     for (int i = thread_index().x; i < Block::kColumns * length; i += Block::kThreads) {
       const int column = i / length, k = i % length;
       const bool exists = this->has_row(column) && k < layer.H;
@@ -96,7 +98,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_forward(GridFo
   if constexpr (!has_mma()) return unsupported("the grid algorithm needs sm_80");
   GridForwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  for (int64_t tile = block.group; tile * block.kColumns < a.layer.N; tile += a.team.cut.groups) {
+  for (int64_t tile = block.group(); tile * block.kColumns < a.layer.N; tile += a.team.cut.groups) {
     block.start(tile);
     for (int64_t step = 0; step < a.layer.count; ++step) {
       const bool last = step + 1 == a.layer.count;

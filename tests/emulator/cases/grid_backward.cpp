@@ -6,17 +6,16 @@
 namespace fused_rnn::emulator {
 namespace {
 
-template <int kTeam>
-Outcome test_lstm(uint64_t seed) {
-  BackwardProblem problem;
-  constexpr int kGranule = 4;
+template <int kTeam, int kGranule, int kLine, int kGroups = 1, bool kOverlaid = false>
+Outcome test_lstm(uint64_t seed, int N = 3) {
+  BackwardProblem problem{N};
   constexpr GridShape kShape =
-      grid_shape(4, 2, 4, 2, false, true, most_units(kH, kGranule, kTeam), 8);
-  const GridCut cut = grid_cut(kShape, kH, kTeam, 1, kGranule);
+      grid_shape(4, 2, 4, 2, false, true, most_grid_units(kH, kGranule, kTeam, kLine), kLine, 8);
+  const GridCut cut = grid_cut(kShape, kH, kTeam, kGroups, kLine, kOverlaid, kGranule);
   Memory<uint64_t> words("words", size_t(grid_words(kShape, cut)));
   words.fill(0);
-  const GridBackward<bf16> a{problem.loop(), {cut, kN, kH, words.data()}};
-  Launch launch{.name = "grid_backward", .grid = {kTeam}, .seed = seed};
+  const GridBackward<bf16> a{problem.loop(), {cut, N, kH, words.data()}};
+  Launch launch{.name = "grid_backward", .grid = {kTeam * kGroups}, .seed = seed};
   launch.block = {32 * kGridWarps};
   launch.shared_bytes = size_t(GridShared(kShape, cut).bytes);
   Outcome outcome;
@@ -24,10 +23,15 @@ Outcome test_lstm(uint64_t seed) {
   return problem.check(outcome);
 }
 
+// Two groups of blocks, the first of which has two tiles of the batch, in turn.
+Outcome test_tiles(uint64_t seed) { return test_lstm<2, 8, 2, 2, true>(seed, 19); }
+
 }  // namespace
 }  // namespace fused_rnn::emulator
 
 int main(int count, char** words) {
   using namespace fused_rnn::emulator;
-  return run_cases(count, words, {{"three", test_lstm<3>}, {"nine", test_lstm<9>}});
+  const auto three = [](uint64_t seed) { return test_lstm<3, 4, 1>(seed); };
+  const auto nine = [](uint64_t seed) { return test_lstm<9, 4, 3>(seed); };
+  return run_cases(count, words, {{"three", three}, {"tiles", test_tiles}, {"nine", nine}});
 }

@@ -6,19 +6,18 @@
 namespace fused_rnn::emulator {
 namespace {
 
-template <int kTeam>
-Outcome test_lstm(uint64_t seed) {
-  ForwardProblem problem;
-  constexpr int kGranule = 4;
+template <int kTeam, int kGranule, int kGroups = 1, bool kOverlaid = false>
+Outcome test_lstm(uint64_t seed, int N = 3) {
+  ForwardProblem problem{N};
   constexpr GridShape kShape =
-      grid_shape(4, 2, 4, 2, false, false, most_units(kH, kGranule, kTeam), 8);
-  const GridCut cut = grid_cut(kShape, kH, kTeam, 1, kGranule);
+      grid_shape(4, 2, 4, 2, false, false, most_units(kH, kGranule, kTeam), 1, 8);
+  const GridCut cut = grid_cut(kShape, kH, kTeam, kGroups, 1, kOverlaid, kGranule);
   Memory<uint64_t> words("words", size_t(grid_words(kShape, cut)));
   words.fill(0);
-  Memory<bf16> operand("operand", kN * kH);
+  Memory<bf16> operand("operand", size_t(N * kH));
   operand.fill(from_float<bf16>(0));
-  const GridForward<bf16> a{problem.layer(), {cut, kN, kH, words.data()}, operand.data()};
-  Launch launch{.name = "grid_forward", .grid = {kTeam}, .seed = seed};
+  const GridForward<bf16> a{problem.layer(), {cut, N, kH, words.data()}, operand.data()};
+  Launch launch{.name = "grid_forward", .grid = {kTeam * kGroups}, .seed = seed};
   launch.block = {32 * kGridWarps};
   launch.shared_bytes = size_t(GridShared(kShape, cut).bytes);
   Outcome outcome;
@@ -26,10 +25,15 @@ Outcome test_lstm(uint64_t seed) {
   return problem.check(outcome);
 }
 
+// Two groups of blocks, the first of which has two tiles of the batch, in turn.
+Outcome test_tiles(uint64_t seed) { return test_lstm<3, 8, 2, true>(seed, 19); }
+
 }  // namespace
 }  // namespace fused_rnn::emulator
 
 int main(int count, char** words) {
   using namespace fused_rnn::emulator;
-  return run_cases(count, words, {{"three", test_lstm<3>}, {"nine", test_lstm<9>}});
+  const auto three = [](uint64_t seed) { return test_lstm<3, 4>(seed); };
+  const auto nine = [](uint64_t seed) { return test_lstm<9, 4>(seed); };
+  return run_cases(count, words, {{"three", three}, {"tiles", test_tiles}, {"nine", nine}});
 }

@@ -14,7 +14,7 @@ namespace fused_rnn::emulator {
 
 using namespace fused_rnn::cuda;
 
-inline constexpr int kT = 5, kN = 3, kH = 36, kGates = 4;
+inline constexpr int kT = 5, kH = 36, kGates = 4;
 
 inline float entry(int salt, int i) {
   return float(int((unsigned(i) * 2654435761u + unsigned(salt) * 40503u) >> 13) % 17 - 8) / 16;
@@ -39,16 +39,17 @@ inline void compare(Outcome& outcome, const char* name, const Memory<bf16>& got,
 }
 
 struct ForwardProblem {
-  Memory<bf16> x{"x", values(kT * kN * kGates * kH, [](int i) { return entry(1, i); })};
+  const int N = 3;
+  Memory<bf16> x{"x", values(kT * N * kGates * kH, [](int i) { return entry(1, i); })};
   Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [](int i) { return entry(2, i); })};
-  Memory<bf16> h{"h", kT * kN * kH};
-  Memory<float> h_n{"h_n", kN * kH}, c_n{"c_n", kN * kH};
+  Memory<bf16> h{"h", size_t(kT * N * kH)};
+  Memory<float> h_n{"h_n", size_t(N * kH)}, c_n{"c_n", size_t(N * kH)};
 
   ForwardLayer<bf16> layer() {
     h_n.fill(0);
     c_n.fill(0);
     ForwardLayer<bf16> a{};
-    a.loop.T = kT, a.loop.N = a.N = kN, a.loop.states = 2 * kH;
+    a.loop.T = kT, a.loop.N = a.N = N, a.loop.states = 2 * kH;
     a.count = kT, a.H = kH;
     a.x = x.data(), a.w_hh = w_hh.data();
     a.h = h.data(), a.h_n = h_n.data(), a.c_n = c_n.data();
@@ -57,15 +58,15 @@ struct ForwardProblem {
 
   // Step by step in double, h rounded where the kernels round it.
   Outcome& check(Outcome& outcome) const {
-    std::vector<double> now(kN * kH), c(kN * kH), all;
+    std::vector<double> now(size_t(N) * kH), c(now), all;
     for (int t = 0; t < kT; ++t) {
-      std::vector<double> next(kN * kH);
-      for (int n = 0; n < kN; ++n)
+      std::vector<double> next(now.size());
+      for (int n = 0; n < N; ++n)
         for (int u = 0; u < kH; ++u) {
           double gates[kGates];
           for (int g = 0; g < kGates; ++g) {
             const int row = g * kH + u;
-            gates[g] = entry(1, (t * kN + n) * kGates * kH + row);
+            gates[g] = entry(1, (t * N + n) * kGates * kH + row);
             for (int k = 0; k < kH; ++k)
               gates[g] += entry(2, row * kH + k) *
                           to_float(from_float<bf16>(float(now[size_t(n * kH + k)])));
@@ -84,18 +85,19 @@ struct ForwardProblem {
 };
 
 struct BackwardProblem {
+  const int N = 3;
   Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [](int i) { return entry(2, i); })};
-  Memory<bf16> saved{"saved", values(kT * kN * kGates * kH, gate)};
-  Memory<bf16> c{"c", values(kT * kN * kH, [](int i) { return entry(4, i); })};
-  Memory<bf16> dh{"dh", values(kT * kN * kH, [](int i) { return entry(5, i); })};
-  Memory<bf16> h{"h", kT * kN * kH}, dgx{"dgx", kT * kN * kGates * kH};
-  Memory<float> dh0{"dh0", kN * kH}, dc0{"dc0", kN * kH};
+  Memory<bf16> saved{"saved", values(kT * N * kGates * kH, gate)};
+  Memory<bf16> c{"c", values(kT * N * kH, [](int i) { return entry(4, i); })};
+  Memory<bf16> dh{"dh", values(kT * N * kH, [](int i) { return entry(5, i); })};
+  Memory<bf16> h{"h", size_t(kT * N * kH)}, dgx{"dgx", size_t(kT * N * kGates * kH)};
+  Memory<float> dh0{"dh0", size_t(N * kH)}, dc0{"dc0", size_t(N * kH)};
 
   BackwardLoop<bf16> loop() {
     dh0.fill(0);
     dc0.fill(0);
     BackwardLoop<bf16> a{};
-    a.layer.loop.T = kT, a.layer.loop.N = a.layer.N = kN, a.layer.loop.states = 2 * kH;
+    a.layer.loop.T = kT, a.layer.loop.N = a.layer.N = N, a.layer.loop.states = 2 * kH;
     a.layer.H = a.layer.R = kH;
     a.layer.h = h.data(), a.layer.c = c.data(), a.layer.saved = saved.data();
     a.wide = true;
@@ -106,16 +108,16 @@ struct BackwardProblem {
 
   // Step by step in double, the gates' gradients rounded where the kernels do it.
   Outcome& check(Outcome& outcome) const {
-    std::vector<double> of_h(kN * kH), of_c(kN * kH), all(kT * kN * kGates * kH);
+    std::vector<double> of_h(size_t(N) * kH), of_c(of_h), all(kT * kGates * of_h.size());
     for (int t = kT - 1; t >= 0; --t) {
-      std::vector<double> before(kN * kH);
-      for (int n = 0; n < kN; ++n)
+      std::vector<double> before(of_h.size());
+      for (int n = 0; n < N; ++n)
         for (int u = 0; u < kH; ++u) {
-          const int row = t * kN + n, at = n * kH + u;
+          const int row = t * N + n, at = n * kH + u;
           double gates[4], s[2] = {}, s1[2], ds[2], of_x[4], of_gh[4];
           for (int g = 0; g < 4; ++g) gates[g] = gate((row * 4 + g) * kH + u);
           s1[1] = entry(4, row * kH + u);
-          s[1] = t > 0 ? entry(4, (row - kN) * kH + u) : 0;
+          s[1] = t > 0 ? entry(4, (row - N) * kH + u) : 0;
           const double ds1[2] = {of_h[size_t(at)] + entry(5, row * kH + u), of_c[size_t(at)]};
           Lstm::backward(ds1, gates, s, s1, of_x, of_gh, ds);
           of_c[size_t(at)] = ds[1];
