@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .backends import Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
-from .sequences import Loop, Options
+from .sequences import Options
 
 
 class Weights(NamedTuple):
@@ -75,7 +75,7 @@ def rnn(
         backend = requested(backend)
         chosen = select(problem, backend)
     if hasattr(chosen, "stack"):
-        output, last_states = chosen.stack(
+        return *chosen.stack(
             cell,
             input,
             states,
@@ -87,20 +87,15 @@ def rnn(
             bidirectional=bidirectional,
             dropout=dropout,
             training=training,
-        )
-        if options is not None and options.last_step_only:
-            output = output[-1].clone()  # a view would keep the rest
-        return output, last_states, None
+        ), None
 
     dtypes = result_dtypes(problem, input, states)
     reverses: tuple[bool, ...] = (False, True)[: problem.directions]
     rows = None if batch_sizes is None else packed_rows(batch_sizes, problem.N, input.device)
-    if options is None:
-        loop = Loop(rows)
-    else:
-        options = options if rows is None else options._replace(rows=rows)
-        loop = options.loop(problem.T, problem.N, input.device)
-        reverses = (True,) if options.reverse else reverses
+    loop = None
+    if options is not None:
+        loop = options.loop(problem.T, problem.N, input.device, rows)
+        rows, reverses = loop.rows, (True,) if options.reverse else reverses
         # Some backends multiply padding too, and 0 times NaN is NaN; this one leaves it out.
         input = loop.input(input, clean=chosen.NAME != "cpu")
     keywords: dict[str, Any] = algorithm(backend)
@@ -113,26 +108,22 @@ def rnn(
         if options is not None and options.return_cell_states:
             keywords["cells"] = first + problem.directions == len(weights)
         for k, reverse in enumerate(reverses, first):
+            entering = None if states is None else tuple(s[k] for s in states)
+            if loop is not None:
+                entering = loop.enter(entering, k, reverse)
+                keywords["control"] = loop.control(reverse)
             h, c, final = _layer(
-                chosen,
-                cell,
-                input,
-                loop.enter(None if states is None else tuple(s[k] for s in states), k, reverse),
-                weights[k],
-                reverse=reverse,
-                rows=loop.rows,
-                control=loop.control(reverse),
-                **keywords,
+                chosen, cell, input, entering, weights[k], reverse=reverse, rows=rows, **keywords
             )
             outputs.append(h)
             cells.append(c)
-            finals.append(loop.leave(final, reverse))
+            finals.append(final if loop is None else loop.leave(final, reverse))
         input = joined(outputs)
     stacked = (
         torch.stack(s) if len(s) > 1 else s[0].unsqueeze(0) for s in zip(*finals, strict=True)
     )
     results = tuple(map(cast, stacked, dtypes))
-    if options is None:
+    if options is None or loop is None:
         return cast(input, dtypes[0]), results, None
     if options.last_step_only:
         last = zip(outputs, finals[-problem.directions :], reverses, strict=True)

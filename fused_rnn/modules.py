@@ -156,17 +156,17 @@ class SequenceModule(RNNBase):
             training=self.training,
             backend=self.backend,
         )
-        if isinstance(input, PackedSequence):
-            if last_step_only and input.unsorted_indices is not None:
-                output = output.index_select(0, input.unsorted_indices)
-        elif input.dim() == 2:
-            states = tuple(s.squeeze(1) for s in states)
-            output = output.squeeze(0) if last_step_only else output
         if not last_step_only:
             output = self._as_given(output, input)
         state: Any = states if self._has_cell_state else states[0]
         if isinstance(input, PackedSequence):
-            state = self.permute_hidden(state, input.unsorted_indices)
+            order = input.unsorted_indices
+            state = self.permute_hidden(state, order)
+            if last_step_only and order is not None:
+                output = output.index_select(0, order)
+        elif input.dim() == 2:
+            state = _each(state, lambda s: s.squeeze(1))
+            output = output.squeeze(0) if last_step_only else output
         return (output, state) if c is None else (output, state, self._as_given(c, input))
 
     def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
@@ -272,17 +272,14 @@ class SequenceModule(RNNBase):
             else:
                 batch = data.size(1) if batch_sizes is None else int(batch_sizes[0])
             states = self._start(batch)
-        options = self._options(asked, input, data, rows)
+        options = None
+        if asked is not None or rows is not None or self.direction == "reverse":
+            options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
 
-    def _options(
-        self, asked: Options | None, input: Any, data: Tensor, rows: Tensor | None
-    ) -> Options | None:
-        """What the op has to do beyond torch.nn, checked and time-major; None: nothing."""
-        reverse = self.direction == "reverse"
-        if asked is None and rows is None and not reverse:
-            return None
-        options = (asked or Options())._replace(reverse=reverse, rows=rows)
+    def _options(self, asked: Options, input: Any, data: Tensor, rows: Tensor | None) -> Options:
+        """What the op has to do beyond torch.nn, checked and time-major."""
+        options = asked._replace(reverse=self.direction == "reverse", rows=rows)
         if options.return_cell_states and not self._has_cell_state:
             raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
         layout = "dense"

@@ -93,6 +93,7 @@ class Options(NamedTuple):
         asked = {
             "control": inside,
             "cell_states": self.return_cell_states,
+            "last_step": self.last_step_only,
             "reverse": self.reverse,
             "jagged": self.rows is not None,
         }
@@ -139,35 +140,46 @@ class Options(NamedTuple):
             control = torch.where(starts, CLEAR, control)
         return control if ended is None else torch.where(ended, HOLD, control)
 
-    def loop(self, steps: int, batch: int, device: torch.device) -> Loop:
-        """How the call goes through the op."""
-        kind = Controlled if self.reset is None or self.initial is None else Episodes
-        return kind(self, steps, batch, device)
+    def loop(self, steps: int, batch: int, device: torch.device, rows: Tensor | None) -> Loop:
+        """How the call goes through the op; ``rows`` are packed input's."""
+        options = self if rows is None else self._replace(rows=rows)
+        kind = Loop if self.reset is None or self.initial is None else Episodes
+        return kind(options, steps, batch, device)
 
 
 class Loop:
-    """A call's way through the op: what every layer and direction of it gets.
+    """A call's way through the op: what its layers and directions get, and what they give back.
 
-    This one is torch.nn's; ``rows`` is packed input's.
+    Args:
+        options: what the caller asks for.
+        steps, batch: T and N.
+        device: of the input.
     """
 
-    def __init__(self, rows: Tensor | None = None) -> None:
-        self.rows = rows
+    def __init__(self, options: Options, steps: int, batch: int, device: torch.device) -> None:
+        self.options, self.steps, self.batch, self.device = options, steps, batch, device
+        self.rows, self.ended = options.rows, options.ended(steps)
+        self.controls: dict[bool, Tensor | None] = {}
 
     def control(self, reverse: bool) -> Tensor | None:
-        return None
+        """The op's ``control`` for a direction, made once for all layers."""
+        if reverse not in self.controls:
+            self.controls[reverse] = self.made(reverse)
+        return self.controls[reverse]
+
+    def made(self, reverse: bool) -> Tensor | None:
+        return self.options.control(self.steps, self.batch, self.device, reverse)
 
     def input(self, x: Tensor, clean: bool) -> Tensor:
         """The input as the op takes it; with ``clean`` the padding is 0."""
-        return x
+        return x if self.ended is None or not clean else x.masked_fill(self.ended.unsqueeze(-1), 0)
 
     def output(self, y: Tensor) -> Tensor:
         """What the op shows as the caller gets it."""
-        return y
-
-    def last(self, y: Tensor, final: Tensor, reverse: bool) -> Tensor:
-        """The output of each sequence's last step, ``[N,*]``."""
-        raise NotImplementedError
+        value = self.options.padding_value
+        if self.ended is None or not value:
+            return y
+        return y.masked_fill(self.ended.unsqueeze(-1), value)
 
     def enter(self, states: States | None, layer: int, reverse: bool) -> States | None:
         """The states with which the op begins, from the caller's."""
@@ -177,35 +189,11 @@ class Loop:
         """The caller's final states from the op's."""
         return final
 
-
-class Controlled(Loop):
-    """With ``control`` made from the options."""
-
-    def __init__(self, options: Options, steps: int, batch: int, device: torch.device) -> None:
-        super().__init__(options.rows)
-        self.options, self.steps, self.batch, self.device = options, steps, batch, device
-        self.ended = options.ended(steps)
-        self.controls: dict[bool, Tensor | None] = {}
-
-    def control(self, reverse: bool) -> Tensor | None:
-        if reverse not in self.controls:
-            self.controls[reverse] = self.made(reverse)
-        return self.controls[reverse]
-
-    def made(self, reverse: bool) -> Tensor | None:
-        return self.options.control(self.steps, self.batch, self.device, reverse)
-
-    def input(self, x: Tensor, clean: bool) -> Tensor:
-        return x if self.ended is None or not clean else x.masked_fill(self.ended.unsqueeze(-1), 0)
-
-    def output(self, y: Tensor) -> Tensor:
-        value = self.options.padding_value
-        return (
-            y if self.ended is None or not value else y.masked_fill(self.ended.unsqueeze(-1), value)
-        )
-
     def last(self, y: Tensor, final: Tensor, reverse: bool) -> Tensor:
-        """Forward in time that is the final state, and nothing keeps the output for it."""
+        """The output of each sequence's last step, ``[N,*]``.
+
+        Forward in time that is the final state, and nothing keeps the output for it.
+        """
         ends = self.options.ends
         if not reverse:
             last = final.to(y.dtype)
@@ -223,7 +211,7 @@ class Controlled(Loop):
         return last.masked_fill((ends == 0).unsqueeze(1), self.options.padding_value)
 
 
-class Episodes(Controlled):
+class Episodes(Loop):
     """Episodes as sequences of their own, each of which enters with a state that may be any.
 
     The op clears to zero. Where a reset brings back a learned state, the input's rows are therefore

@@ -177,13 +177,11 @@ def test_padding_may_hold_anything(kind, backend, device, bidirectional):
 
 
 @grid(
-    exists, kind=CELLS, backend=BACKEND_NAMES, device=DEVICES, form=MODULES,
+    exists, kind=CELLS, backend=LOOPS, device=DEVICES, form=MODULES,
     lengths=(False, True), grad=(False, True),
 )  # fmt: skip
 def test_last_step_only_is_the_last_of_the_output(kind, backend, device, form, lengths, grad):
     """With its gradients; in the backward direction too it is the step that stands last."""
-    if backend == "torch" and (lengths or "direction" in MODULES[form]):
-        backend = "auto"
     options = {"device": device, "dtype": torch.float64, "backend": backend} | MODULES[form]
     ours = learnt(module_of(kind, **options))
     shape = (N, T, I) if ours.batch_first else (T, N, I)
@@ -388,6 +386,7 @@ def test_torchs_kernels_refuse_by_name_and_auto_takes_ours(kind):
         "reset": (resets(), "lengths, reset or tbptt"),
         "tbptt": (2, "lengths, reset or tbptt"),
         "return_cell_states": (True, "return_cell_states"),
+        "last_step_only": (True, "last_step_only"),
     }
     for name, (value, words) in asked.items():
         if name == "return_cell_states" and kind != "lstm":

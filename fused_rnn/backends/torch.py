@@ -39,6 +39,7 @@ def available() -> str | None:
 _LACKS = {
     "control": "lengths, reset or tbptt",
     "cell_states": "return_cell_states",
+    "last_step": "last_step_only",
     "reverse": 'direction="reverse"',
     "jagged": "input of jagged layout",
 }
