@@ -173,7 +173,9 @@ class SequenceModule(RNNBase):
         """One step of all layers: what streaming and decoding need.
 
         So many steps, each with the state of the one before, are a forward over as many. In the
-        half types the forward rounds its state at its end, and this after each step.
+        half types the forward rounds its state at its end, and this after each step; under
+        autocast results have the dtypes of torch.nn's cells. ``torch.compile`` takes ``step`` as
+        any function, and FSDP2 after ``register_fsdp_forward_method(module, "step")``.
 
         Args:
             x: the step's input, ``[N,I]`` or ``[I]``.
