@@ -136,7 +136,8 @@ class Options(NamedTuple):
             control = torch.where(cut, CUT, control)
         if starts is not None:
             if reverse:
-                starts = torch.cat([starts[1:], torch.zeros_like(starts[:1])])
+                t = torch.arange(steps, device=device).unsqueeze(1)
+                starts = starts.roll(-1, 0) & (t + 1 < steps)
             control = torch.where(starts, CLEAR, control)
         return control if ended is None else torch.where(ended, HOLD, control)
 
@@ -296,7 +297,7 @@ def check_lengths(lengths: Any, steps: int, batch: int, device: torch.device) ->
         whole = [int(n) for n in lengths]
         if any(n != given for n, given in zip(whole, lengths, strict=True)):
             raise TypeError(f"fused_rnn: lengths must be integers, got {lengths}")
-        readable, bounds = True, (min(whole, default=0), max(whole, default=0))
+        readable, bounds = True, (min(whole), max(whole)) if whole else (0, 0)
         lengths = torch.tensor(whole, dtype=torch.int64)
     if lengths.shape != (batch,):
         raise ValueError(
@@ -355,10 +356,15 @@ def jagged_rows(input: Any) -> tuple[Tensor, Tensor]:
         )
     if input.lengths() is not None:
         raise ValueError("fused_rnn: nested input must not have holes; pass input.contiguous()")
-    offsets = input.offsets()
-    t = torch.arange(max(1, input._get_max_seqlen()), device=offsets.device).unsqueeze(1)
-    starts = offsets[:-1] + t
-    return input.values(), torch.where(starts < offsets[1:], starts, -1).int()
+    values, offsets = input.values(), input.offsets()
+    if torch.compiler.is_compiling():
+        # The longest length is data, unless the tensor knows it; steps that all hold are cheap.
+        known = input._maybe_max_seqlen
+        longest = values.size(0) if known is None else known
+    else:
+        longest = max(1, input._get_max_seqlen())
+    at = offsets[:-1] + torch.arange(longest, device=offsets.device).unsqueeze(1)
+    return values, torch.where(at < offsets[1:], at, -1).int()
 
 
 def check_tbptt(tbptt: Any) -> Any:
