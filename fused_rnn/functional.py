@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from .backends import Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
-from .sequences import Options
+from .sequences import Options, sent
 
 
 class Weights(NamedTuple):
@@ -281,14 +281,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
     """Where each step's row stands in packed data, ``[T,N]`` int32; -1 past a sequence's end."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fused_rnn: packed input cannot be captured in a CUDA graph: how long sequences "
-                "are would be read anew from the host's memory by each replay; pad it instead"
-            )
-        batch_sizes = batch_sizes.pin_memory()  # from elsewhere the copy would wait
-    sizes = batch_sizes.to(device, non_blocking=True)
+    sizes = sent(batch_sizes, device, "packed input", "pad it")
     n = torch.arange(batch, device=device)
     starts = sizes.cumsum(0) - sizes
     return torch.where(n < sizes.unsqueeze(1), starts.unsqueeze(1) + n, -1).int()

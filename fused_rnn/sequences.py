@@ -71,6 +71,9 @@ class Options(NamedTuple):
             layout: how the caller passes it: ``"dense"``, ``"batch_first"``, ``"unbatched"``,
                 ``"jagged"`` or ``"packed"``.
         """
+        if not isinstance(self.padding_value, (int, float, torch.SymInt, torch.SymFloat)):
+            kind = type(self.padding_value).__name__
+            raise TypeError(f"fused_rnn: padding_value must be a number, got {kind}")
         found = self if self.tbptt is None else self._replace(tbptt=check_tbptt(self.tbptt))
         for name in ("lengths", "reset"):
             if getattr(self, name) is not None and (name, layout) in _REFUSED:
@@ -288,40 +291,67 @@ def check_lengths(lengths: Any, steps: int, batch: int, device: torch.device) ->
         TypeError: they are no integers.
         ValueError: they are not ``[N]``, outside of [0, T], or on a device of their own.
     """
+    readable = True
     if isinstance(lengths, Tensor):
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype is torch.bool:
             raise TypeError(f"fused_rnn: lengths must be integers, got {lengths.dtype}")
+        lengths = lengths.long()
         readable = lengths.device.type == "cpu" and not torch.compiler.is_compiling()
-        bounds = lengths.aminmax() if readable and lengths.numel() else (0, 0)
+        shape = tuple(lengths.shape)
+        bounds = [int(n) for n in _unwrapped(lengths).aminmax()] if readable and batch else []
     else:
-        whole = [int(n) for n in lengths]
-        if any(n != given for n, given in zip(whole, lengths, strict=True)):
+        try:
+            given = list(lengths)
+            bounds = whole = [int(n) for n in given]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(f"fused_rnn: lengths must be integers, got {lengths}") from error
+        if whole != given:
             raise TypeError(f"fused_rnn: lengths must be integers, got {lengths}")
-        readable, bounds = True, (min(whole), max(whole)) if whole else (0, 0)
-        lengths = torch.tensor(whole, dtype=torch.int64)
-    if lengths.shape != (batch,):
+        shape = (len(whole),)
+    if shape != (batch,):
         raise ValueError(
             "fused_rnn: lengths must hold one number for each sequence: expected shape "
-            f"({batch},), got {tuple(lengths.shape)}"
+            f"({batch},), got {shape}"
         )
-    low, high = bounds
-    if low < 0 or high > steps:
-        raise ValueError(
-            f"fused_rnn: lengths must be from 0 to {steps}, the number of steps of the input; "
-            f"got {int(low if low < 0 else high)}"
-        )
+    for n in bounds:
+        if n < 0 or n > steps:
+            raise ValueError(
+                f"fused_rnn: lengths must be from 0 to {steps}, the number of steps of the input; "
+                f"got {n}"
+            )
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(whole, dtype=torch.int64)
     if lengths.device != device:
         if lengths.device.type != "cpu":
             raise ValueError(
                 f"fused_rnn: lengths are on {lengths.device} and the input on {device}; move them "
                 "there with .to(input.device)"
             )
-        lengths = lengths.to(device, non_blocking=True)
+        lengths = sent(lengths, device, "lengths of the host", "pass a tensor on the GPU")
     if not readable:
         inside = ((lengths >= 0) & (lengths <= steps)).all()
         torch._assert_async(inside, "fused_rnn: lengths must be from 0 to the number of steps")
         lengths = lengths.clamp(0, steps)
     return lengths
+
+
+def sent(x: Tensor, device: torch.device, what: str, cure: str) -> Tensor:
+    """``x`` of the host on ``device``, without waiting for a GPU."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"fused_rnn: {what} cannot be captured in a CUDA graph: how long sequences are "
+                f"would be read anew from the host's memory by each replay; {cure} instead"
+            )
+        x = x.pin_memory()  # from elsewhere the copy would wait
+    return x.to(device, non_blocking=True)
+
+
+def _unwrapped(x: Tensor) -> Tensor:
+    """The tensor inside of those by which ``torch.func`` sees what is done with it."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_reset(reset: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -371,4 +401,4 @@ def check_tbptt(tbptt: Any) -> Any:
     """``tbptt`` if it is a whole number of steps; ValueError otherwise."""
     if isinstance(tbptt, bool) or not isinstance(tbptt, (int, torch.SymInt)) or tbptt < 1:
         raise ValueError(f"fused_rnn: tbptt must be a number of steps from 1 on, got {tbptt!r}")
-    return tbptt
+    return tbptt if tbptt < 2**62 else 2**62

@@ -333,7 +333,14 @@ REFUSED = {
     "not whole": ({"lengths": (1, 2.5, 2, 3)}, TypeError, "must be integers"),
     "of floats": ({"lengths": torch.ones(4)}, TypeError, "must be integers, got torch.float32"),
     "of bools": ({"lengths": torch.ones(4).bool()}, TypeError, "must be integers"),
-    "a number": ({"lengths": 3}, TypeError, "not iterable"),
+    "a number": ({"lengths": 3}, TypeError, "must be integers, got 3"),
+    "far past T": ({"lengths": (1, 10**30, 2, 3)}, ValueError, "from 0 to 7"),
+    "words": ({"lengths": ("a", "b", "c", "d")}, TypeError, "must be integers"),
+    "nested": ({"lengths": [[1], [2], [3], [4]]}, TypeError, "must be integers"),
+    "not a number": ({"lengths": (1, float("nan"), 2, 3)}, TypeError, "must be integers"),
+    "padding with words": (
+        {"lengths": (1, 2, 3, 4), "padding_value": "0"}, TypeError, "a number, got str",
+    ),
     "elsewhere": ({"lengths": torch.ones(4, device="meta").int()}, ValueError, "on meta"),
     "reset of bytes": ({"reset": torch.zeros(7, 4).byte()}, TypeError, "bool, got torch.uint8"),
     "reset no tensor": ({"reset": [[True]]}, TypeError, "bool, got list"),
@@ -375,6 +382,7 @@ def test_what_makes_no_sense_is_refused(kind, backend, device):
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
         ours(input[:0], lengths=[0] * N)
     assert ours(input, lengths=LENGTHS)[0].shape == (T, N, H)
+    assert_close(ours(input, tbptt=10**30)[0], ours(input)[0])
 
 
 @grid(kind=MODULE_KINDS)
@@ -414,6 +422,14 @@ def test_long_sequences_that_hold_or_reset_often(what):
     ours.backend = "reference"
     expected = step(ours, input, call=lambda x, hx: ours(x, hx, **asked))
     assert_close(got, expected)
+
+
+def test_small_integers_hold_lengths_of_long_input():
+    input = torch.randn(300, 2, I)
+    gru, lengths = fused_rnn.GRU(I, H, bidirectional=True), torch.tensor([100, 7])
+    for dtype in (torch.int8, torch.uint8, torch.int16):
+        got = gru(input, lengths=lengths.to(dtype), last_step_only=True)
+        assert_close(got, gru(input, lengths=[100, 7], last_step_only=True))
 
 
 def test_fx_keeps_the_keywords():

@@ -196,3 +196,17 @@ def test_torch_func(kind, asked, form):
         assert_close(along, (expected * direction).sum())
     many = torch.stack([x, direction])
     assert_close(torch.func.vmap(loss)(many), torch.stack([loss(x), loss(direction)]))
+
+
+def test_vmap_over_lengths_and_resets():
+    ours, x = module_of("lstm", bidirectional=True), torch.randn(2, T, N, I, dtype=torch.float64)
+    lengths, reset = torch.tensor([[1, 0, T], [T, 2, 3]]), torch.rand(2, T, N) < 0.3
+
+    def call(x, lengths, reset):
+        return ours(x, lengths=lengths, reset=reset, return_cell_states=True)
+
+    got = torch.func.vmap(call)(x, lengths, reset)
+    for at, each in enumerate(zip(x, lengths, reset, strict=True)):
+        assert_close([t[at] for t in tensors(got)], list(tensors(call(*each))))
+    with pytest.raises(ValueError, match=r"from 0 to 5.*got 6"):
+        torch.func.vmap(call)(x, lengths + 1, reset)
