@@ -252,8 +252,10 @@ def _layer(
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, States]:
     """One layer in one direction, in the dtype that autocast gives its GEMMs."""
-    dtype = autocast_dtype(input) or input.dtype
-    w = Weights(*(None if x is None else cast(x, dtype) for x in w))  # type: ignore[arg-type]
+    low = autocast_dtype(input)
+    dtype = input.dtype if low is None else low
+    if low is not None:  # otherwise they agree already
+        w = Weights(*(None if x is None else cast(x, low) for x in w))  # type: ignore[arg-type]
     h0 = c0 = None
     if states is not None:
         kept = (dtype, carry_dtype(dtype))
@@ -340,13 +342,13 @@ def describe(
     options: Options | None = None,
 ) -> Problem:
     """What :func:`rnn` asks of a backend."""
-    packed = batch_sizes is not None
+    packed = True
     if batch_sizes is not None:
         steps, batch = batch_sizes.size(0), int(batch_sizes[0])
     elif options is not None and options.rows is not None:
-        (steps, batch), packed = options.rows.shape, True
+        steps, batch = options.rows.shape
     else:
-        steps, batch = input.shape[:2]
+        (steps, batch), packed = input.shape[:2], False
     w = weights[0]
     directions = 2 if bidirectional else 1
     return Problem(
@@ -360,7 +362,8 @@ def describe(
         P=0 if w.w_hr is None else w.w_hr.size(0),
         layers=len(weights) // directions,
         directions=directions,
-        grad=needs_grad((input, *(states or ()), *(x for w in weights for x in w))),
+        grad=torch.is_grad_enabled()
+        and (any(map(needs_grad, weights)) or needs_grad((input, *(states or ())))),
         packed=packed,
         compiling=torch.compiler.is_compiling(),
         transformed=is_transformed(),
