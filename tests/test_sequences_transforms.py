@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numerics
 import pytest
 import torch
 from devices import DEVICES
@@ -61,8 +62,15 @@ def everything(module, *sizes, **options):
     return found
 
 
-@grid(kind=("lstm", "gru"), device=DEVICES, asked=("all", "list", "last step"),
-      form=("bidirectional", "learned"))  # fmt: skip
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("kind", "asked", "form"),
+    [
+        ("lstm", "all", "bidirectional"),
+        ("gru", "list", "reverse"),
+        ("rnn_tanh", "last step", "learned"),
+    ],
+)
 def test_compiled_training_equals_eager(kind, device, asked, form):
     ours = module_of(kind, device=device, **MODULES[form])
     shape = (N, T, I) if ours.batch_first else (T, N, I)
@@ -74,17 +82,17 @@ def test_compiled_training_equals_eager(kind, device, asked, form):
     assert_close(got, step(ours, input, hx, call=lambda x, hx: ours(x, hx, **asked)))
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [True] if not numerics.FULL else [False, True])
 def test_other_sizes_do_not_recompile(grad):
     ours, counter = module_of("lstm", bidirectional=True), CompileCounterWithBackend("aot_eager")
     compiled, counts = torch.compile(ours, fullgraph=True, dynamic=True, backend=counter), []
     with torch.set_grad_enabled(grad):
         # No two sizes are equal at first: equal ones are taken for one.
-        for T, N in ((8, 3), (2, 9), (11, 4), (7, 7)):
+        for T, N in ((8, 3), (2, 9), (7, 7)):
             input, asked = torch.randn(T, N, I, dtype=torch.float64), everything(ours, T, N)
             assert_close(compiled(input, **asked), ours(input, **asked))
             counts.append(counter.frame_count)
-    assert counts == counts[:1] * 4
+    assert counts == counts[:1] * 3
 
 
 def test_lengths_outside_stop_a_compiled_call():
@@ -118,7 +126,7 @@ def test_step_compiles(kind, grad):
             assert_close(got, expected)
 
 
-@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("grad", [True] if not numerics.FULL else [False, True])
 def test_jagged_input_compiles(grad):
     ours = module_of("lstm", bidirectional=True)
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
