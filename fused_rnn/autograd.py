@@ -195,16 +195,18 @@ def layer(
     h_mask: Tensor | None = None,
     keep: Tensor | None = None,
     algorithm: int = 0,
+    cells: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
 
     Args:
         x: the layer's input ``[T,N,I]``, or without ``w_ih`` its product ``gx`` ``[T,N,G*H]``.
         algorithm: number of one of the device's algorithms, 0 for its own choice. Default: 0
+        cells: keep the cell states also where no gradient is needed. Default: ``False``
 
     Returns:
         ``h, c, h_n, c_n``. ``c`` is ``None`` for cells without one, and where no gradient is
-        needed, since nothing then keeps the cell states.
+        needed, since nothing then keeps the cell states, unless ``cells`` asks for them.
     """
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
     how = (algorithm, x.is_cuda and cudnn.allows_tf32())
@@ -214,6 +216,6 @@ def layer(
         h, c, h_n, c_n, _ = function.apply(cell, reverse, how, *masks, *tensors)
     else:
         options = (control, rows, w_hr, h_mask, keep)
-        h, c, h_n, c_n, _ = _call(ops.layer, cell.id, *tensors[:-1], reverse, False, *options, *how)
+        h, c, h_n, c_n, _ = _call(ops.layer, cell.id, *tensors[:-1], reverse, cells, *options, *how)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

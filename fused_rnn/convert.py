@@ -61,11 +61,20 @@ def revert(model: nn.Module) -> nn.Module:
         ValueError: a module has an option that torch.nn lacks. Nothing has been changed then.
     """
     for name, m in model.named_modules():
-        if _plain_type(m) in _TORCHS and m.backend not in ("auto", "torch"):
+        if _plain_type(m) not in _TORCHS:
+            continue
+        if m.backend not in ("auto", "torch"):
             raise ValueError(
                 f"cannot revert {name or 'the model itself'}: its backend={m.backend!r} has no "
                 "counterpart in torch.nn; set its backend to 'auto' first"
             )
+        for option in ("direction", "learn_initial_state"):
+            value = getattr(m, option, None)
+            if isinstance(m, modules.SequenceModule) and value != getattr(type(m), option):
+                raise ValueError(
+                    f"cannot revert {name or 'the model itself'}: its {option}={value!r} has no "
+                    "counterpart in torch.nn"
+                )
     _warn_of_subclasses("revert", "fused_rnn", "torch.nn", model, _TORCHS)
     return _replace(model, _TORCHS, {})
 
@@ -114,7 +123,8 @@ def _as(
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     new = cls.__new__(cls)
     new.__dict__.update(old.__dict__)
-    new.__dict__.pop("backend", None)
+    for option in ("backend", *modules.OPTIONS):
+        new.__dict__.pop(option, None)
     new.__dict__.update(extra)
     for name, value in old.__dict__.items():
         if name in ("_parameters", "_buffers", "_modules") or isinstance(value, list):

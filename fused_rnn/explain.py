@@ -46,13 +46,14 @@ class Explanation:
     __repr__ = __str__
 
 
-def explain(module: nn.Module, input: Any, hx: Any = None) -> Explanation:
+def explain(module: nn.Module, input: Any, hx: Any = None, **options: Any) -> Explanation:
     """Say which backend ``module`` would use for ``input``, and why. Nothing is computed.
 
     Args:
         module: one of our modules.
         input: what would be passed to it.
         hx: likewise. Default: ``None``
+        options: likewise, as keywords: ``lengths``, ``reset``, ...
 
     Returns:
         an object that prints as a table.
@@ -70,7 +71,7 @@ def explain(module: nn.Module, input: Any, hx: Any = None) -> Explanation:
             f"explain expects a module of fused_rnn, got {type(module).__name__}; "
             "fused_rnn.convert makes one out of torch.nn's"
         )
-    problem = module.describe(input, hx)
+    problem = module.describe(input, hx, **options)
     name = requested(module.backend)
     backend, why = choose(problem, name)
     _, _, algorithm = name.partition(":")

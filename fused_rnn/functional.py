@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from .backends import Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
+from .sequences import Options, sent
 
 
 class Weights(NamedTuple):
@@ -37,11 +38,12 @@ def rnn(
     weights: Sequence[Weights],
     batch_sizes: Tensor | None = None,
     bidirectional: bool = False,
+    options: Options | None = None,
     *,
     dropout: float = 0.0,
     training: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, States]:
+) -> tuple[Tensor, States, Tensor | None]:
     r"""A stack of recurrent layers.
 
     Args:
@@ -51,19 +53,21 @@ def rnn(
         weights: one entry a layer and direction, the directions of a layer together.
         batch_sizes: ``[T]`` on the CPU, as in a ``PackedSequence``. Default: ``None``
         bidirectional: D is 2. Default: ``False``
+        options: what torch.nn lacks; with its ``rows`` the input is ``[M,I]``. Default: ``None``
         dropout: probability that an element between two layers is zeroed. Default: 0
         training: whether dropout acts. Default: ``False``
         backend: name of a backend, or ``"auto"``. Default: ``"auto"``
 
     Returns:
-        the output ``[T,N,D*R]`` (``[M,D*R]`` with ``batch_sizes``) and the final states, shaped as
-        ``states``.
+        the output ``[T,N,D*R]`` (``[M,D*R]`` for compact input, ``[N,D*R]`` for the last step
+        only), the final states, shaped as ``states``, and the last layer's cell states
+        ``[T,N,D*H]``, ``None`` unless asked for.
 
     Raises:
         RuntimeError: T is 0; tensors on different devices or of different dtypes; or the backend
             asked for cannot run this.
     """
-    problem = describe(cell, input, states, weights, batch_sizes, bidirectional)
+    problem = describe(cell, input, states, weights, batch_sizes, bidirectional, options)
     tensors = [w for layer in weights for w in layer if w is not None]
     if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
         chosen = torch_nn
@@ -71,7 +75,7 @@ def rnn(
         backend = requested(backend)
         chosen = select(problem, backend)
     if hasattr(chosen, "stack"):
-        return chosen.stack(
+        return *chosen.stack(
             cell,
             input,
             states,
@@ -83,34 +87,56 @@ def rnn(
             bidirectional=bidirectional,
             dropout=dropout,
             training=training,
-        )
+        ), None
 
-    rows = None if batch_sizes is None else packed_rows(batch_sizes, problem.N, input.device)
     dtypes = result_dtypes(problem, input, states)
+    reverses: tuple[bool, ...] = (False, True)[: problem.directions]
+    rows = None if batch_sizes is None else packed_rows(batch_sizes, problem.N, input.device)
+    loop = None
+    if options is not None:
+        loop = options.loop(problem.T, problem.N, input.device, rows)
+        rows, reverses = loop.rows, (True,) if options.reverse else reverses
+        # Some backends multiply padding too, and 0 times NaN is NaN; this one leaves it out.
+        input = loop.input(input, clean=chosen.NAME != "cpu")
+    keywords: dict[str, Any] = algorithm(backend)
     finals: list[States] = []
     for first in range(0, len(weights), problem.directions):
         if first and dropout and training:
             input = torch.dropout(input, dropout, True)
-        outputs = []
-        for direction in range(problem.directions):
-            k = first + direction
-            h, final = _layer(
-                chosen,
-                cell,
-                input,
-                None if states is None else tuple(s[k] for s in states),
-                weights[k],
-                reverse=direction == 1,
-                rows=rows,
-                **algorithm(backend),
+        outputs: list[Tensor] = []
+        cells: list[Any] = []
+        if options is not None and options.return_cell_states:
+            keywords["cells"] = first + problem.directions == len(weights)
+        for k, reverse in enumerate(reverses, first):
+            entering = None if states is None else tuple(s[k] for s in states)
+            if loop is not None:
+                entering = loop.enter(entering, k, reverse)
+                keywords["control"] = loop.control(reverse)
+            h, c, final = _layer(
+                chosen, cell, input, entering, weights[k], reverse=reverse, rows=rows, **keywords
             )
             outputs.append(h)
-            finals.append(final)
-        input = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+            cells.append(c)
+            finals.append(final if loop is None else loop.leave(final, reverse))
+        input = joined(outputs)
     stacked = (
         torch.stack(s) if len(s) > 1 else s[0].unsqueeze(0) for s in zip(*finals, strict=True)
     )
-    return cast(input, dtypes[0]), tuple(map(cast, stacked, dtypes))
+    results = tuple(map(cast, stacked, dtypes))
+    if options is None or loop is None:
+        return cast(input, dtypes[0]), results, None
+    if options.last_step_only:
+        last = zip(outputs, finals[-problem.directions :], reverses, strict=True)
+        output = joined([loop.last(h, final[0], reverse) for h, final, reverse in last])
+    else:
+        output = loop.output(input)
+    c = loop.output(cast(joined(cells), dtypes[1])) if options.return_cell_states else None
+    return cast(output, dtypes[0]), results, c
+
+
+def joined(directions: Sequence[Tensor]) -> Tensor:
+    """The directions of a layer side by side."""
+    return directions[0] if len(directions) == 1 else torch.cat(tuple(directions), -1)
 
 
 def step(
@@ -157,7 +183,7 @@ def step(
     chosen = select(problem, requested(backend))
     if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
         return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
-    _, final = _layer(chosen, cell, input.unsqueeze(0), (h,) if c is None else (h, c), w)
+    _, _, final = _layer(chosen, cell, input.unsqueeze(0), (h,) if c is None else (h, c), w)
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
 
@@ -224,16 +250,18 @@ def _layer(
     states: States | None,
     w: Weights,
     **options: Any,
-) -> tuple[Tensor, States]:
+) -> tuple[Tensor, Tensor | None, States]:
     """One layer in one direction, in the dtype that autocast gives its GEMMs."""
-    dtype = autocast_dtype(input) or input.dtype
-    w = Weights(*(None if x is None else cast(x, dtype) for x in w))  # type: ignore[arg-type]
+    low = autocast_dtype(input)
+    dtype = input.dtype if low is None else low
+    if low is not None:  # otherwise they agree already
+        w = Weights(*(None if x is None else cast(x, low) for x in w))  # type: ignore[arg-type]
     h0 = c0 = None
     if states is not None:
         kept = (dtype, carry_dtype(dtype))
         h0, *c0s = (s if s.dtype in kept else s.to(kept[1]) for s in states)
         c0 = c0s[0] if c0s else None
-    h, _, h_n, c_n = chosen.layer(
+    h, c, h_n, c_n = chosen.layer(
         cell,
         cast(input, dtype),
         w.w_hh,
@@ -245,7 +273,7 @@ def _layer(
         w_hr=w.w_hr,
         **options,
     )
-    return h, (h_n,) if c_n is None else (h_n, c_n)
+    return h, c, (h_n,) if c_n is None else (h_n, c_n)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -255,14 +283,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor:
     """Where each step's row stands in packed data, ``[T,N]`` int32; -1 past a sequence's end."""
-    if device.type == "cuda" and not torch.compiler.is_compiling():
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "fused_rnn: packed input cannot be captured in a CUDA graph: how long sequences "
-                "are would be read anew from the host's memory by each replay; pad it instead"
-            )
-        batch_sizes = batch_sizes.pin_memory()  # from elsewhere the copy would wait
-    sizes = batch_sizes.to(device, non_blocking=True)
+    sizes = sent(batch_sizes, device, "packed input", "pad it")
     n = torch.arange(batch, device=device)
     starts = sizes.cumsum(0) - sizes
     return torch.where(n < sizes.unsqueeze(1), starts.unsqueeze(1) + n, -1).int()
@@ -318,12 +339,16 @@ def describe(
     weights: Sequence[Weights],
     batch_sizes: Tensor | None,
     bidirectional: bool,
+    options: Options | None = None,
 ) -> Problem:
     """What :func:`rnn` asks of a backend."""
-    if batch_sizes is None:
-        steps, batch = input.shape[:2]
-    else:
+    packed = True
+    if batch_sizes is not None:
         steps, batch = batch_sizes.size(0), int(batch_sizes[0])
+    elif options is not None and options.rows is not None:
+        steps, batch = options.rows.shape
+    else:
+        (steps, batch), packed = input.shape[:2], False
     w = weights[0]
     directions = 2 if bidirectional else 1
     return Problem(
@@ -337,10 +362,12 @@ def describe(
         P=0 if w.w_hr is None else w.w_hr.size(0),
         layers=len(weights) // directions,
         directions=directions,
-        grad=needs_grad((input, *(states or ()), *(x for w in weights for x in w))),
-        packed=batch_sizes is not None,
+        grad=torch.is_grad_enabled()
+        and (any(map(needs_grad, weights)) or needs_grad((input, *(states or ())))),
+        packed=packed,
         compiling=torch.compiler.is_compiling(),
         transformed=is_transformed(),
+        options=() if options is None else options.asked,
         ordinal=input.device.index or 0,
     )
 

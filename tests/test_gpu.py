@@ -225,6 +225,23 @@ def test_nothing_waits_for_dense_input(kind, cell, given, training):
     assert all(t.isfinite().all() for t in tensors(result))
 
 
+@grid(kind=CELLS, where=("list", "device"), training=(False, True))
+def test_nothing_waits_for_lengths_and_resets(kind, where, training):
+    ours = ours_on_cuda(kind, bidirectional=True)
+    x, lengths = input_for(ours, requires_grad=training), [6, 0, 3]
+    lengths = lengths if where == "list" else torch.tensor(lengths, device="cuda")
+    reset = torch.rand(6, 3, device="cuda") < 0.3
+    asked = {"lengths": lengths, "reset": reset, "tbptt": 2, "padding_value": 1.0}
+    with torch.set_grad_enabled(training):
+        for mode in ("default", "error"):
+            with waiting_is(mode):
+                result = ours(x, **asked)
+                if training:
+                    backward_from(result)
+    inside = dict(asked, lengths=[6, 0, 3])
+    assert_close(list(tensors(result)), list(tensors(ours(x, **inside))))
+
+
 @pytest.mark.parametrize("kind", MODULE_KINDS)
 def test_the_host_runs_ahead(kind):
     """A call returns while the GPU has not begun: also where a wait is our library's own."""

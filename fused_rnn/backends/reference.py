@@ -45,10 +45,12 @@ def layer(
     w_hr: Tensor | None = None,
     h_mask: Tensor | None = None,
     keep: Tensor | None = None,
+    cells: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
 
-    ``x`` is the layer's input, or without ``w_ih`` its product ``gx``.
+    ``x`` is the layer's input, or without ``w_ih`` its product ``gx``. ``cells`` changes nothing:
+    cell states are always kept.
 
     The half types are computed in float32 and rounded once, in the visible output.
     """

@@ -36,9 +36,18 @@ def available() -> str | None:
     return None
 
 
+_LACKS = {
+    "control": "lengths, reset or tbptt",
+    "cell_states": "return_cell_states",
+    "last_step": "last_step_only",
+    "reverse": 'direction="reverse"',
+    "jagged": "input of jagged layout",
+}
+
+
 def supports(problem: Problem) -> str | None:
     if problem.options:
-        return f"torch.nn has no {', '.join(problem.options)}"
+        return f"torch.nn has no {', '.join(_LACKS.get(o, o) for o in problem.options)}"
     return None
 
 
