@@ -10,7 +10,7 @@ Environment:
     MAX_JOBS                 compile jobs at a time (default: ninja's own choice)
     DEBUG=1                  -O0 -g
     FUSED_RNN_SANITIZE       e.g. address,undefined: build with these sanitizers
-    FUSED_RNN_PURE_PYTHON=1  build nothing: the reference and torch backends only
+    FUSED_RNN_PURE_PYTHON=1  build nothing: the triton, reference and torch backends only
     FORCE_CUDA=1             build the CUDA library though torch is not a CUDA build; 0: never
     NVCC                     the CUDA compiler (default: the one in CUDA_HOME/bin, on PATH, or in
                              pip's cuda-toolkit[cccl,cudart,nvcc])
@@ -79,7 +79,7 @@ def check_tools() -> None:
         refuse(
             f"there is no C++ compiler ({CXX} was not found): install one (Debian and Ubuntu: "
             "apt install g++), name another with CXX=, or set FUSED_RNN_PURE_PYTHON=1 to install "
-            "the reference and torch backends only."
+            "the triton, reference and torch backends only."
         )
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         refuse(

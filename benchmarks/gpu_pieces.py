@@ -41,6 +41,8 @@ TESTS = {
     "test_cuda_stepwise.py": "-k gpu",
     "test_cuda_cluster.py": "-k gpu",
     "test_cuda_grid.py": "-k gpu",
+    # Triton's kernels; its interpreter and its compiler alone are the CPU's work.
+    "test_triton.py": "-k gpu",
     "test_describe.py": "",
     "test_cuda.py": "",
     # The grids with the device as an axis.
@@ -65,7 +67,7 @@ LEFT_TO_CI = {
     f"test_{name}.py"
     for name in (
         *("backends", "benchmarks", "build", "cuda_build", "emulator", "examples", "export_trace"),
-        *("gpu_check", "gpu_grid", "isa", "plan", "threads", "tune"),
+        *("gpu_check", "gpu_grid", "isa", "plan", "threads", "triton_compile", "tune"),
     )
 }
 """Files about the CPU or the tooling alone."""

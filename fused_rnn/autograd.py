@@ -60,7 +60,8 @@ class _LayerInTransform(_Layer):
     @staticmethod
     def forward(cell: Cell, reverse: bool, how, control, rows, h_mask, keep, *inputs):
         options = (control, rows, inputs[-1], h_mask, keep)
-        return _call(ops.layer, cell.id, *inputs[:-1], reverse, True, *options, *how)
+        library, *how = how
+        return _call(library.layer, cell.id, *inputs[:-1], reverse, True, *options, *how)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -79,7 +80,9 @@ def _backward(cell: Cell, inputs, grads, kept, needs, reverse, masks, how):
     control, rows, h_mask, keep = masks
     options = (reverse, control, rows, w_hr, h_mask, keep)
     inputs = (x, w_ih, w_hh, h0, c0)
-    found = list(_call(ops.layer_backward, cell.id, wanted, *grads, *kept, *inputs, *options, *how))
+    library, *how = how
+    arguments = (cell.id, wanted, *grads, *kept, *inputs, *options, *how)
+    found = list(_call(library.layer_backward, *arguments))
     if needs[5]:
         found[5] = found[5].to(h0.dtype)
     if needs[6]:
@@ -110,27 +113,27 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh1, dc1, _):
-        cell = ctx.cell
+        cell, library = ctx.cell, ctx.library
         gx, gh, h, c, h1, c1, saved = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            inputs, needs = (gx, gh, h, c), ctx.needs_input_grad[1:]
-            return None, *_differentiable_step_backward(cell, inputs, (dh1, dc1), needs)
-        dgx, dgh, dh, dc = ops.step_backward(cell.id, dh1, dc1, h1, c1, saved, h, c)
+            inputs, needs = (gx, gh, h, c), ctx.needs_input_grad[2:]
+            return None, None, *_differentiable_step_backward(cell, inputs, (dh1, dc1), needs)
+        dgx, dgh, dh, dc = library.step_backward(cell.id, dh1, dc1, h1, c1, saved, h, c)
         if not cell.splits_gates:
-            return None, dgx, dgx, None, dc if cell.states == 2 else None
-        return None, dgx, dgh, dh, None
+            return None, None, dgx, dgx, None, dc if cell.states == 2 else None
+        return None, None, dgx, dgh, dh, None
 
 
 class _StepInTransform(_Step):
     """As :class:`_LayerInTransform`."""
 
     @staticmethod
-    def forward(cell: Cell, gx, gh, h, c):
-        return ops.step(cell.id, gx, gh, h, c, True)
+    def forward(cell: Cell, library, gx, gh, h, c):
+        return library.step(cell.id, gx, gh, h, c, True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.cell, *tensors = inputs
+        ctx.cell, ctx.library, *tensors = inputs
         h1, c1, saved = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c1,)))
@@ -158,7 +161,7 @@ def _gradients(outputs, grads, inputs, needs) -> tuple[Tensor | None, ...]:
 
 
 def step(
-    cell: Cell, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None
+    cell: Cell, gx: Tensor, gh: Tensor, h: Tensor, c: Tensor | None, *, library: Any = None
 ) -> tuple[Tensor, Tensor | None]:
     """One step of one layer, pointwise part.
 
@@ -166,15 +169,17 @@ def step(
         cell: one of :data:`fused_rnn.cells.CELLS`.
         gx, gh: the products with ``w_ih`` and ``w_hh``, biases included, ``[N,G*H]``.
         h, c: the states before, ``[N,H]``; ``c`` for the LSTM.
+        library: whose ops run. Default: ``None``, the native ones
 
     Returns:
         the states after: ``h, c``; ``c`` is ``None`` but for the LSTM.
     """
+    library = library or ops
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gx, gh, h, c)):
         function = _StepInTransform if _in_transform() else _Step
-        h1, c1, _ = function.apply(cell, gx, gh, h, c)
+        h1, c1, _ = function.apply(cell, library, gx, gh, h, c)
     else:
-        h1, c1, _ = ops.step(cell.id, gx, gh, h, c, False)
+        h1, c1, _ = library.step(cell.id, gx, gh, h, c, False)
     return h1, c1 if cell.states == 2 else None
 
 
@@ -196,6 +201,7 @@ def layer(
     keep: Tensor | None = None,
     algorithm: int = 0,
     cells: bool = False,
+    library: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
 
@@ -203,19 +209,22 @@ def layer(
         x: the layer's input ``[T,N,I]``, or without ``w_ih`` its product ``gx`` ``[T,N,G*H]``.
         algorithm: number of one of the device's algorithms, 0 for its own choice. Default: 0
         cells: keep the cell states also where no gradient is needed. Default: ``False``
+        library: whose ops run. Default: ``None``, the native ones
 
     Returns:
         ``h, c, h_n, c_n``. ``c`` is ``None`` for cells without one, and where no gradient is
         needed, since nothing then keeps the cell states, unless ``cells`` asks for them.
     """
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
-    how = (algorithm, x.is_cuda and cudnn.allows_tf32())
+    library, how = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         function = _LayerInTransform if _in_transform() else _Layer
         masks = (control, rows, h_mask, keep)
-        h, c, h_n, c_n, _ = function.apply(cell, reverse, how, *masks, *tensors)
+        h, c, h_n, c_n, _ = function.apply(cell, reverse, (library, *how), *masks, *tensors)
     else:
         options = (control, rows, w_hr, h_mask, keep)
-        h, c, h_n, c_n, _ = _call(ops.layer, cell.id, *tensors[:-1], reverse, cells, *options, *how)
+        h, c, h_n, c_n, _ = _call(
+            library.layer, cell.id, *tensors[:-1], reverse, cells, *options, *how
+        )
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

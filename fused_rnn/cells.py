@@ -1,7 +1,8 @@
 """The four cells: their registry and their equations in plain PyTorch.
 
-These equations are the oracle that every backend is tested against. They stand once more, in C++,
-in ``csrc/cells.h``; the numbers in :data:`CELLS` are the same there.
+These equations are the oracle that every backend is tested against. They stand twice more: in C++
+in ``csrc/cells.h``, and in Triton in ``backends/triton/cells.py``; the numbers in :data:`CELLS` are
+the same there.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ def _one_device(like: str, device: torch.device, **others: Tensor | None) -> Non
 _BY_ID = {cell.id: cell for cell in CELLS.values()}
 
 
-def _fake_layer(
+def fake_layer(
     cell,
     x,
     w_ih,
@@ -140,7 +140,7 @@ def _fake_layer(
     )
 
 
-def _fake_layer_backward(
+def fake_layer_backward(
     cell,
     wanted,
     dh,
@@ -188,7 +188,7 @@ def _fake_layer_backward(
     )
 
 
-def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
+def fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
     _one_device("gx", gx.device, gh=gh, h=h, c=c)
     spec = _BY_ID[cell]
     batch, hidden = h.shape
@@ -199,7 +199,7 @@ def _fake_step(cell, gx, gh, h, c, save) -> tuple[Tensor, ...]:
     )
 
 
-def _fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...]:
+def fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...]:
     _one_device("h1", h1.device, dh1=dh1, dc1=dc1, c1=c1, saved=saved, h=h, c=c)
     spec = _BY_ID[cell]
     batch, hidden = h1.shape
@@ -212,8 +212,13 @@ def _fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ..
     )
 
 
+FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "layer": fake_layer,
+    "layer_backward": fake_layer_backward,
+    "step": fake_step,
+    "step_backward": fake_step_backward,
+}
+
 if UNAVAILABLE is None:
-    torch.library.register_fake("fused_rnn::layer", _fake_layer)
-    torch.library.register_fake("fused_rnn::layer_backward", _fake_layer_backward)
-    torch.library.register_fake("fused_rnn::step", _fake_step)
-    torch.library.register_fake("fused_rnn::step_backward", _fake_step_backward)
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"fused_rnn::{_name}", _fake)

@@ -27,7 +27,7 @@ from torch import float32
 from torch.backends import mkldnn
 from typing_extensions import Self
 
-from . import cpu, cuda, cudnn, reference
+from . import cpu, cuda, cudnn, reference, triton
 from . import torch as torch_nn
 
 
@@ -71,7 +71,7 @@ class Problem(NamedTuple):
 
 # In the order in which they are asked and explained.
 BACKENDS: dict[str, ModuleType] = {
-    backend.NAME: backend for backend in (cpu, cuda, torch_nn, reference)
+    backend.NAME: backend for backend in (cpu, cuda, triton, torch_nn, reference)
 }
 
 
@@ -99,8 +99,9 @@ class use_backend:  # noqa: N801
     explicit ``backend=`` keeps its own.
 
     Args:
-        name: ``"cpu"``, ``"cuda"``, ``"torch"``, ``"reference"`` or ``"auto"``; with an algorithm
-            of the backend after a colon, ``"cuda:stepwise"``, only that one will do.
+        name: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"``;
+            with an algorithm of the backend after a colon, ``"cuda:stepwise"``, only that one will
+            do.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -200,6 +201,8 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
         return torch_nn, "the native loop cannot run this, torch.nn can"
     if refusal(cuda, problem) is None:
         return cuda, "torch.nn cannot run this"
+    if problem.device != "cpu" and refusal(triton, problem) is None:
+        return triton, "neither torch.nn nor the CUDA library can run this"
     return reference, "nothing else can run this"
 
 
