@@ -59,6 +59,12 @@ TESTS = {
     "test_step.py": "",
     "test_errors.py": "",
     "test_any_size.py": "",
+    "test_sequences.py": "",
+    "test_sequences_transforms.py": "",
+    "test_streaming.py": "",
+    "test_options.py": "",
+    "test_jagged.py": "",
+    "test_any_sequence.py": "",
     "test_differs.py": "",
 }
 """Files in the order in which they run, and options of pytest for each; files that are in neither
@@ -66,8 +72,9 @@ table run last."""
 LEFT_TO_CI = {
     f"test_{name}.py"
     for name in (
-        *("backends", "benchmarks", "build", "cuda_build", "emulator", "examples", "export_trace"),
-        *("gpu_check", "gpu_grid", "isa", "plan", "threads", "triton_compile", "tune"),
+        *("backends", "benchmarks", "build", "cuda_build", "docs", "emulator", "examples"),
+        *("export_trace", "gpu_check", "gpu_grid", "isa", "plan", "streaming_sharded", "threads"),
+        *("triton_compile", "tune"),
     )
 }
 """Files about the CPU or the tooling alone."""

@@ -7,8 +7,6 @@ import numerics
 import pytest
 import torch
 from devices import DEVICES, there
-from hypothesis import given
-from hypothesis import strategies as st
 from numerics import DTYPES, HALF, cases, grid
 from torch import nn
 from torch.testing import assert_close
@@ -293,36 +291,6 @@ def test_autocast(kind, backend, device, half):
     assert [t.dtype for t in tensors(got[:2])] == [t.dtype for t in tensors(plain)]
     for value, expected in zip(tensors(got), tensors(exact), strict=False):
         assert_close(value.double(), expected, rtol=0, atol=0.05)
-
-
-@st.composite
-def problems(draw):
-    steps, batch = draw(st.integers(1, 6)), draw(st.integers(0, 5))
-    lengths = draw(st.lists(st.integers(0, steps), min_size=batch, max_size=batch))
-    bits = draw(st.lists(st.booleans(), min_size=steps * batch, max_size=steps * batch))
-    reset = torch.tensor(bits, dtype=torch.bool).view(steps, batch)
-    return lengths, reset, draw(st.none() | st.integers(1, 7)), draw(st.sampled_from(list(MODULES)))
-
-
-@given(problem=problems(), kind=st.sampled_from(list(CELLS)), backend=st.sampled_from(LOOPS))
-def test_any_lengths_resets_and_windows(problem, kind, backend):
-    lengths, reset, tbptt, form = problem
-    if not exists(kind, form=form) or backend == "cuda":
-        return
-    made = learnt(module_of(kind, dtype=torch.float64, backend=backend, **MODULES[form]))
-    reset = reset.t() if made.batch_first else reset
-    input = torch.randn(*reset.shape, I, dtype=torch.float64)
-    before = reset.clone()
-    options = {"lengths": lengths, "reset": reset, "tbptt": tbptt}
-    got = step(made, input, call=lambda x, hx: made(x, hx, **options))
-    assert torch.equal(reset, before), "the caller's tensor was changed"
-    if not lengths:
-        assert got["output 0"].numel() == 0
-        return
-    call = lambda x, hx: by_hand.forward(made, x, hx, **options)[:2]  # noqa: E731
-    expected = step(made, input, call=call) if any(lengths) else {}
-    for name, value in expected.items():
-        assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
 
 
 REFUSED = {
