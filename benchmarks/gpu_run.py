@@ -127,6 +127,8 @@ class Check:
                 text=True,
                 errors="replace",
                 start_new_session=True,
+                # A shell's job in the background ignores it, and so would its children.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         except OSError as error:
             return Finished(127, str(error))
