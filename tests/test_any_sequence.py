@@ -38,7 +38,10 @@ def test_any_lengths_resets_and_windows(problem, kind, backend):
     if not lengths:
         assert got["output 0"].numel() == 0
         return
-    call = lambda x, hx: by_hand.forward(made, x, hx, **options)[:2]  # noqa: E731
+
+    def call(x, hx):
+        return by_hand.forward(made, x, hx, **options)[:2]
+
     expected = step(made, input, call=call) if any(lengths) else {}
     for name, value in expected.items():
         assert_close(got[name], value, msg=lambda m, name=name: f"{name}: {m}")
