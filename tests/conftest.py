@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # of several processes that collect at once
     # Before any test module is imported: their decorators ask for the grids.
     for name in ("full", "most", "seed"):
         setattr(numerics, name.upper(), config.getoption(name))

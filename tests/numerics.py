@@ -10,7 +10,6 @@ tests draw integers and use :func:`signed_permutation` as weights. Then every st
 integer, which all dtypes hold exactly, and the kink is met only at 0 itself.
 """
 
-import heapq
 import itertools
 import math
 import random
@@ -148,7 +147,7 @@ def combinations(
         if meet(**case) and (where is None or where(**case)):
             every.append(values)
     if not FULL:
-        return pairwise(every) if len(axes) > 2 else every
+        return pairwise(every) if every and len(axes) > 2 else every
     if not MOST or len(every) <= MOST:
         return every
     # In the order of the grid, as pytest is to show them.
@@ -158,22 +157,30 @@ def combinations(
 def pairwise(every: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """A subset of the tuples with every pair of values of two places that ``every`` has.
 
-    Greedy: always the first of those tuples that bring the most new pairs. What a tuple brings
-    only shrinks, so a heap of outdated numbers gives the best one after few corrections.
+    Greedy: of the tuples that have the first pair still missing, always the first of those that
+    bring the most missing pairs.
     """
-    pairs = [set(itertools.combinations(enumerate(values), 2)) for values in every]
-    missing = set().union(*pairs)
-    heap = [(-len(new), at) for at, new in enumerate(pairs)]
-    heapq.heapify(heap)
+    columns = []
+    for values in zip(*every, strict=True):
+        numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+        columns.append(torch.tensor([numbers[value] for value in values]))
+    pairs, count = [], 0  # of each two places, the number of every tuple's pair
+    for one, other in itertools.combinations(columns, 2):
+        most = int(other.max()) + 1
+        pairs.append(count + one * most + other)
+        count += (int(one.max()) + 1) * most
+    of_tuples = torch.stack(pairs, dim=1)
+    missing = torch.zeros(count, dtype=torch.bool)
+    missing[of_tuples] = True
+    first_pairs = torch.stack([numbers.min() for numbers in pairs])
     chosen = []
-    while missing:
-        _, at = heapq.heappop(heap)
-        gain = len(pairs[at] & missing)
-        if heap and -gain > heap[0][0]:
-            heapq.heappush(heap, (-gain, at))
-            continue
-        missing -= pairs[at]
-        chosen.append(at)
+    while missing.any():
+        wanted = missing.nonzero()[0]
+        places = int(torch.searchsorted(first_pairs, wanted, right=True)) - 1
+        having = (pairs[places] == wanted).nonzero().squeeze(1)
+        best = int(having[missing[of_tuples[having]].sum(dim=1).argmax()])
+        missing[of_tuples[best]] = False
+        chosen.append(best)
     return [every[at] for at in sorted(chosen)]
 
 
