@@ -68,7 +68,7 @@ def revert(model: nn.Module) -> nn.Module:
                 f"cannot revert {name or 'the model itself'}: its backend={m.backend!r} has no "
                 "counterpart in torch.nn; set its backend to 'auto' first"
             )
-        for option in ("direction", "learn_initial_state"):
+        for option in (option for option in modules.OPTIONS if option != "forget_bias"):
             value = getattr(m, option, None)
             if isinstance(m, modules.SequenceModule) and value != getattr(type(m), option):
                 raise ValueError(

@@ -24,7 +24,13 @@ from .functional import Weights
 from .sequences import Options, jagged_rows
 
 # What our constructors take beyond torch.nn's and the backend; attributes of the same names.
-OPTIONS = ("direction", "learn_initial_state", "forget_bias")
+OPTIONS = (
+    "direction",
+    "learn_initial_state",
+    "forget_bias",
+    "recurrent_dropout",
+    "weight_dropout",
+)
 
 _PROJ_SIZE = "proj_size argument is only supported for LSTM, not RNN or GRU"
 
@@ -48,6 +54,8 @@ class SequenceModule(RNNBase):
     direction: str = "forward"
     learn_initial_state: bool = False
     forget_bias: float | None = None
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
     _expected_input = "Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -57,9 +65,13 @@ class SequenceModule(RNNBase):
         backend: str,
         direction: str = "forward",
         learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         check_name(backend)
+        check_probability("recurrent_dropout", recurrent_dropout)
+        check_probability("weight_dropout", weight_dropout)
         if direction not in ("forward", "reverse"):
             raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
         super().__init__(mode, *args, **kwargs)
@@ -68,6 +80,8 @@ class SequenceModule(RNNBase):
         self.backend = backend
         self.direction = direction
         self.learn_initial_state = learn_initial_state
+        self.recurrent_dropout = recurrent_dropout
+        self.weight_dropout = weight_dropout
         if learn_initial_state:
             like: Any = self.weight_hh_l0
             blocks = len(self._all_weights)
@@ -194,6 +208,12 @@ class SequenceModule(RNNBase):
                 "fused_rnn: step goes forward in time, and this module also reads its input from "
                 "the end; call it on whole sequences"
             )
+        if self._is_regularised:
+            raise ValueError(
+                "fused_rnn: step would draw another mask for each step, and recurrent_dropout and "
+                "weight_dropout have one for a whole sequence; call eval() first, or the module on "
+                "whole sequences"
+            )
         if not isinstance(x, Tensor) or x.dim() not in (1, 2):
             got = f"{x.dim()}D" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"fused_rnn: step expects x to be 2D [N,I] or 1D [I], got {got}")
@@ -275,13 +295,18 @@ class SequenceModule(RNNBase):
                 batch = data.size(1) if batch_sizes is None else int(batch_sizes[0])
             states = self._start(batch)
         options = None
-        if asked is not None or rows is not None or self.direction == "reverse":
+        special = self.direction == "reverse" or self._is_regularised
+        if asked is not None or rows is not None or special:
             options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
 
     def _options(self, asked: Options, input: Any, data: Tensor, rows: Tensor | None) -> Options:
         """What the op has to do beyond torch.nn, checked and time-major."""
         options = asked._replace(reverse=self.direction == "reverse", rows=rows)
+        if self._is_regularised:
+            options = options._replace(
+                recurrent_dropout=self.recurrent_dropout, weight_dropout=self.weight_dropout
+            )
         if options.return_cell_states and not self._has_cell_state:
             raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
         layout = "dense"
@@ -333,6 +358,10 @@ class SequenceModule(RNNBase):
         return CELLS[self.mode.lower()]
 
     @property
+    def _is_regularised(self) -> bool:
+        return self.training and (self.recurrent_dropout > 0 or self.weight_dropout > 0)
+
+    @property
     def _has_cell_state(self) -> bool:
         return self.mode == "LSTM"
 
@@ -379,6 +408,15 @@ class SequenceModule(RNNBase):
             )
 
 
+def check_probability(name: str, p: Any) -> None:
+    """Refuse what torch.nn refuses as ``dropout``."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
+        raise ValueError(
+            f"{name} should be a number in range [0, 1] representing the probability of an element "
+            f"being zeroed, got {p!r}"
+        )
+
+
 def _each(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """``h`` or ``(h, c)`` with ``change`` applied."""
     return change(state) if isinstance(state, Tensor) else tuple(map(change, state))
@@ -413,6 +451,12 @@ class RNN(SequenceModule):
             ``_l0`` as ever. Default: ``"forward"``
         learn_initial_state: there are parameters ``h_0`` ``[L*D,H]`` (LSTM: and ``c_0``), zero at
             first, in place of a state that is not given. Default: ``False``
+        recurrent_dropout: probability that a unit of h is zeroed on its way into the recurrent
+            product, in training; what is left is scaled by 1 / (1 - p). One mask for all steps of a
+            sequence, another for each sequence, layer, direction and call (Gal and Ghahramani
+            2016). Default: 0
+        weight_dropout: probability that an element of ``weight_hh`` is zeroed, in training, and
+            scaled likewise; drawn for each call (DropConnect, as in Merity et al. 2017). Default: 0
 
     Inputs: input, h_0
         - **input** ``[T,N,I]``, ``[T,I]``, a ``PackedSequence``, or ``[N,j,I]`` of jagged layout
@@ -491,7 +535,8 @@ class LSTM(SequenceModule):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype, backend, direction, learn_initial_state: as for :class:`RNN`.
+            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout: as
+            for :class:`RNN`.
         proj_size: P, the size of h if not H. Default: 0, no projection
         forget_bias: what ``b_ih`` and ``b_hh`` of the forget gate add up to at first; the first is
             set to it, the second to 0. Default: ``None``, both drawn as torch.nn's
@@ -532,6 +577,8 @@ class LSTM(SequenceModule):
         backend: str = "auto",
         direction: str = "forward",
         learn_initial_state: bool = False,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
         forget_bias: float | None = None,
     ) -> None:
         if forget_bias is not None and not bias:
@@ -552,6 +599,8 @@ class LSTM(SequenceModule):
             backend=backend,
             direction=direction,
             learn_initial_state=learn_initial_state,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
         )
 
     def get_expected_cell_size(
@@ -603,7 +652,8 @@ class GRU(SequenceModule):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype, backend, direction, learn_initial_state: as for :class:`RNN`.
+            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout: as
+            for :class:`RNN`.
 
     Inputs, outputs, raises: as for :class:`RNN`.
 

@@ -12,7 +12,7 @@ BLOCKS = BLOCK.findall(PAGE.read_text(encoding="utf-8"))
 
 
 def test_there_are_examples():
-    assert len(BLOCKS) == 7
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize("at", range(len(BLOCKS)))

@@ -54,6 +54,8 @@ def fits(cell, dtype, shape, **case):
     states=(False, True),
     bias=(False, True),
     product=(False, True),
+    h_mask=(False, True),
+    keep=(False, True),
 )
 def test_outputs_and_gradients(case):
     check(layer, make_problem(**case))
