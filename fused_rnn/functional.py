@@ -1,7 +1,7 @@
 """Layers, directions, dropout and packed input, over one call a layer and direction.
 
-Everything here is time-major; ``modules.py`` brings input into that form and back. What torch.nn
-refuses (tensors of different dtypes or on different devices, no steps at all) is handed to
+Everything here is time-major; ``sequence_module.py`` brings input into that form and back. What
+torch.nn refuses (tensors of different dtypes or on different devices, no steps at all) is handed to
 torch.nn, which then refuses it in its own words.
 """
 

@@ -157,8 +157,9 @@ class Backward {
       const int64_t end = share.place + find_live(share, step);
       if (projects()) unproject(share.place, end, step);
       int64_t j = share.place;
-      for (; j + 1 < end; j += 2) update_units<2>(j);
-      if (j < end) update_units<1>(j);
+      // With zoneout row by row: compiled for two rows, its sums may be rounded otherwise.
+      for (; !a.keep && j + 1 < end; j += 2) update_units<2>(j);
+      for (; j < end; ++j) update_units<1>(j);
       propagate(share.place, end, step);
     }
   }
@@ -260,9 +261,13 @@ class Backward {
       for (int i = 0; i < Cell::kSaved; ++i) saved[i].part[k] = V::load(saved_at + i * a.H, n);
     });
 
-    if (a.keep) keep_back(row, unit, n, saved, s, s1, ds1, past);
+    if constexpr (K == 1) {
+      for (X& x : past) x = X(0);
+      if (a.keep) keep_back(row, unit, n, saved, s, s1, ds1, past);
+    }
     Cell::backward(ds1, saved, s, s1, dx, dh, ds);
-    for (int i = 0; a.keep && i < Cell::kStates; ++i) ds[i] = ds[i] + past[i];
+    if constexpr (K == 1)
+      for (int i = 0; a.keep && i < Cell::kStates; ++i) ds[i] = ds[i] + past[i];
 
     X::each([&](int k) {
       const int64_t slot = row[k].slot, block = unit / kWidth;
@@ -286,20 +291,17 @@ class Backward {
     });
   }
 
-  // The units of `K` live rows that zoneout has kept.
+  // The units of a live row that zoneout has kept; of an LSTM's c, what was computed instead.
   template <class X>
   void keep_back(const Live* row, int64_t unit, int64_t n, const X* saved, const X* s, X* s1,
                  X* ds1, X* past) const {
-    past[0] = X(0);
-    X::each([&](int k) {
-      if (!projects()) keep(row[k].keep + unit, n, ds1[0].part[k], past[0].part[k]);
-      if constexpr (Cell::kStates == 2) {
-        const auto kept = keep(row[k].keep + a.R + unit, n, ds1[1].part[k], past[1].part[k]);
-        const V computed = Cell::next_c(saved, s[1]).part[k];
-        s1[1].part[k] = select(kept, computed, s1[1].part[k]);
-        if (a.dw_hr) s1[1].part[k].store(computed_c + row[k].slot * a.H + unit, n);
-      }
-    });
+    if (!projects()) keep(row->keep + unit, n, ds1[0].part[0], past[0].part[0]);
+    if constexpr (Cell::kStates == 2) {
+      const auto kept = keep(row->keep + a.R + unit, n, ds1[1].part[0], past[1].part[0]);
+      V& c = s1[1].part[0];
+      c = select(kept, Cell::next_c(saved, s[1]).part[0], c);
+      if (a.dw_hr) c.store(computed_c + row->slot * a.H + unit, n);
+    }
   }
 
   // x + gradient[at...], where there is one.
