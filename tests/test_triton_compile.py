@@ -47,6 +47,8 @@ def test_every_launch_shape_compiles_without_spills(point):
     assert used.registers <= 255
     assert used.shared <= triton_compile.SHARED[point.arch], f"{point}: {used}"
     ptx = kernel.asm["ptx"]
+    # compute-sanitizer is told to look at what has the package's name in its own.
+    assert f".entry fused_rnn_{point.direction}_{point.kernel}(" in ptx
     assert ".ftz" not in ptx  # no instruction takes numbers below the normal range for 0
     assert not re.search(r"\b(atom|red)\.", ptx)  # sums have one order: bits repeat
 
