@@ -580,13 +580,15 @@ def test_micro_keeps_rows_with_device_date_and_commit(status, expected, tmp_path
 @pytest.mark.parametrize(
     ("status", "expected"), [(0, "passed"), (1, "failed"), (3, "failed"), (None, "cut")]
 )
-def test_bench_tells_how_many_points_are_measured(status, expected, tmp_path):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_bench_tells_how_many_points_are_measured(backend, status, expected, tmp_path):
     said = "7 of 3400 points measured, 7 of them now; 0 rows wrong or failed"
     now = Answers(tmp_path / "some-gpu", ("gpu_grid.py", status, f"noise\n{said}\n"))
-    found = gpu_pieces.bench(now)
+    piece = {"cuda": "bench", "triton": "bench_triton"}[backend]
+    found = gpu_pieces.PIECES[piece](now)
     assert found.status == expected
     assert said in found.sentence
-    assert f"--out {tmp_path} --seconds 450" in now.asked[0][0]
+    assert f"--backends {backend} --out {tmp_path} --seconds 450" in now.asked[0][0]
 
 
 def test_the_sanitized_calls_run_every_op_in_every_form(capsys):
