@@ -139,10 +139,14 @@ def test_products_follow_torchs_flag_for_rnns(tf32):
         assert matmul.fp32_precision == before
 
 
-def test_interpreting_is_decided_once(tmp_path):
+def test_triton_is_imported_when_used_and_interpreting_is_decided_then(tmp_path):
     """With Triton imported, the variable comes too late: said in words, before anything runs."""
     code = """
-import os, torch, triton
+import os, sys, torch
+before = "triton" in sys.modules
+import fused_rnn
+assert ("triton" in sys.modules) == before
+import triton
 os.environ["TRITON_INTERPRET"] = "1"
 from fused_rnn.backends.triton import INTERPRETS
 assert not INTERPRETS
