@@ -64,6 +64,7 @@ TESTS = {
     "test_sequences_transforms.py": "",
     "test_streaming.py": "",
     "test_options.py": "",
+    "test_regularisers.py": "",
     "test_jagged.py": "",
     "test_any_sequence.py": "",
     "test_differs.py": "",
