@@ -15,7 +15,7 @@ help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 bench: build  ## check against torch.nn, time against it, train a small language model
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/suite.py
 
 test: build  ## run the tests
 	$(BIN)/pytest $(PYTEST_OPTIONS) $(PYTEST)

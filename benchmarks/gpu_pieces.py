@@ -72,7 +72,7 @@ table run last."""
 LEFT_TO_CI = {
     f"test_{name}.py"
     for name in (
-        *("backends", "benchmarks", "build", "cuda_build", "docs", "emulator", "examples"),
+        *("backends", "bench", "benchmarks", "build", "cuda_build", "docs", "emulator", "examples"),
         *("export_trace", "gpu_check", "gpu_grid", "isa", "plan", "streaming_sharded", "threads"),
         *("triton_compile", "tune"),
     )

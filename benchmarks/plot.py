@@ -15,12 +15,14 @@ import results
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
+from fused_rnn.bench.rows import read
+
 OURS, THEIRS, LINE = "#2a6f97", "#c1666b", "#444444"
 
 
 def plot_ratios(path: Path) -> Path:
     """One bar for each workload and pass on one thread: torch.nn's time over ours."""
-    rows, provenance = results.read(path)
+    rows, provenance = read(path)
     rows = [r for r in rows if r.provider == "fused_rnn" and r.threads == 1][::-1]
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
     axes.barh(

@@ -8,15 +8,17 @@ import argparse
 from pathlib import Path
 
 import results
-from results import Row
+
+from fused_rnn.bench import rows
+from fused_rnn.bench.rows import Row
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 
 
 def table(path: Path) -> str:
-    rows, run = results.read(path)
-    by_key = {(r.workload, r.kind, r.threads, r.provider): r for r in rows}
-    ours = [r for r in rows if r.provider == "fused_rnn" and r.threads == 1]
+    found, run = rows.read(path)
+    by_key = {(r.workload, r.kind, r.threads, r.provider): r for r in found}
+    ours = [r for r in found if r.provider == "fused_rnn" and r.threads == 1]
     lines = [
         f"Measured on {run.device}, {run.date[:10]}, commit {run.commit}; torch {run.torch}, "
         f"Python {run.python}, {run.build}; float32, milliseconds a call (medians), "
