@@ -72,8 +72,19 @@ table run last."""
 LEFT_TO_CI = {
     f"test_{name}.py"
     for name in (
-        *("backends", "bench", "benchmarks", "build", "cuda_build", "docs", "emulator", "examples"),
-        *("export_trace", "gpu_check", "gpu_grid", "isa", "plan", "streaming_sharded", "threads"),
+        *(
+            "backends",
+            "bench",
+            "benchmarks",
+            "build",
+            "compare",
+            "cuda_build",
+            "docs",
+            "emulator",
+            "examples",
+        ),
+        *("export_trace", "gpu_check", "gpu_grid", "isa", "plan", "profile", "streaming_sharded"),
+        "threads",
         *("triton_compile", "tune"),
     )
 }

@@ -22,7 +22,7 @@ KNOWN = (
     "loop",
     *PEERS,
 )
-MOST_COMPILED_STEPS = 256
+MOST_COMPILED_STEPS = 64
 """torch.compile unrolls the loop; the compiler's time grows with it, and for more steps too far."""
 
 
