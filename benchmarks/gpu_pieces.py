@@ -83,7 +83,8 @@ LEFT_TO_CI = {
             "emulator",
             "examples",
         ),
-        *("export_trace", "gpu_check", "gpu_grid", "isa", "plan", "profile", "streaming_sharded"),
+        *("export_trace", "gpu_check", "gpu_grid", "isa", "plan", "plots", "profile"),
+        "streaming_sharded",
         "threads",
         *("triton_compile", "tune"),
     )

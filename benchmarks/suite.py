@@ -5,7 +5,7 @@
    (``fused_rnn/bench/measure.py``);
 3. a character language model, once with each LSTM (``char_lm.py``).
 
-Prints as it goes, keeps rows, loss curves and two pictures under ``results/<device>/``. The exit
+Prints as it goes, keeps rows, loss curves and pictures under ``results/<device>/``. The exit
 status says whether all checks passed; rows slower than torch.nn are listed at the end.
 """
 
