@@ -311,3 +311,19 @@ def test_a_budget_is_spent_on_the_first_thread_count_first(
     assert seen == given
     assert found == []
     assert [*left_out] == late
+
+
+def test_an_installation_has_every_file_that_it_needs():
+    house = rows.PACKAGE.parent
+    if not (house / "pyproject.toml").exists():
+        pytest.skip("this is an installation itself")
+    with (house / "pyproject.toml").open("rb") as file:
+        setuptools = workloads.tomllib.load(file)["tool"]["setuptools"]
+    folders = {path.parent for path in rows.PACKAGE.rglob("*.py")}
+    found = {".".join(folder.relative_to(house).parts) for folder in folders}
+    assert set(setuptools["packages"]) == found
+    data = {
+        p for pattern in setuptools["package-data"]["fused_rnn"] for p in rows.PACKAGE.glob(pattern)
+    }
+    others = {*rows.PACKAGE.rglob("*.toml"), *rows.PACKAGE.rglob("*.csv")}
+    assert others <= data

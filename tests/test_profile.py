@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import fused_rnn
-from fused_rnn import backends, profile
+from fused_rnn import backends, native, profile
 
 KERNEL = "void fused_rnn::cluster_forward<fused_rnn::Lstm, c10::BFloat16>(fused_rnn::Layer)"
 
@@ -89,6 +90,39 @@ def test_a_workload_is_profiled_and_its_trace_saved(tmp_path, capsys):
     names = [event.get("name") for event in json.loads(trace.read_text())["traceEvents"]]
     assert names.count("aten::tanh") == 2 * 24
     assert "CUDA" not in told
+
+
+@pytest.mark.skipif(native.UNAVAILABLE is not None, reason="needs the native library")
+@pytest.mark.parametrize("module", [fused_rnn.LSTM, fused_rnn.GRU])
+def test_the_op_without_its_products_is_the_same_loop(module, monkeypatch):
+    seen = []
+
+    def compare(self, direction, func, whole, loop):
+        seen.append(direction)
+        # h and the final states; backward the gradients of the first states.
+        results = slice(0, 4) if direction == "forward" else slice(5, 7)
+        torch.testing.assert_close(func(*loop)[results], func(*whole)[results])
+
+    monkeypatch.setattr(profile.Split, "add", compare)
+    rnn = module(3, 5, num_layers=2, bidirectional=True, backend="cpu")
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
+    for input in (torch.randn(4, 2, 3), packed):
+        expected = rnn(input)[1]
+        with profile.Split():
+            output, final = rnn(input)
+            (output.data if input is packed else output).sum().backward()
+        torch.testing.assert_close(final, expected, rtol=0, atol=0)
+    assert seen == 2 * (4 * ["forward"] + 4 * ["backward"])
+
+
+@pytest.mark.skipif(native.UNAVAILABLE is not None, reason="needs the native library")
+def test_loop_and_products_are_told_apart(capsys, tmp_path):
+    options = ["--workload", "darts-rnn", "--provider", "fused_rnn:cpu", "--calls", "1"]
+    assert profile.main([*options, "--trace", str(tmp_path / "trace.json")]) == 0
+    _, table = capsys.readouterr().out.split("in the recurrent op")
+    for direction in ("forward", "backward"):
+        assert float(re.search(rf"time loop, {direction} +([\d.]+) ", table)[1]) > 0
+        assert f"products, {direction} " in table
 
 
 @pytest.mark.parametrize(
