@@ -314,11 +314,12 @@ def test_a_budget_is_spent_on_the_first_thread_count_first(
 
 
 def test_an_installation_has_every_file_that_it_needs():
+    tomllib = pytest.importorskip("tomllib")
     house = rows.PACKAGE.parent
     if not (house / "pyproject.toml").exists():
         pytest.skip("this is an installation itself")
     with (house / "pyproject.toml").open("rb") as file:
-        setuptools = workloads.tomllib.load(file)["tool"]["setuptools"]
+        setuptools = tomllib.load(file)["tool"]["setuptools"]
     folders = {path.parent for path in rows.PACKAGE.rglob("*.py")}
     found = {".".join(folder.relative_to(house).parts) for folder in folders}
     assert set(setuptools["packages"]) == found

@@ -18,11 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 FILE = Path(__file__).with_name("workloads.toml")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 LENGTHS = (None, "full", "uniform", "zipf")
@@ -144,6 +139,10 @@ class Workload:
 
 
 def load(path: Path = FILE) -> list[Workload]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     with path.open("rb") as file:
         table = tomllib.load(file)
     return [Workload(name=name, **entry) for name, entry in table.items()]
