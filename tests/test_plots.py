@@ -14,10 +14,12 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import charts
+import errors
 import plot
 import report
 from test_benchmarks import ORIGIN, ROW
 
+from fused_rnn.bench.check import Comparison
 from fused_rnn.bench.rows import Writer
 
 TIMED = replace(ROW, gflop=1.0, mbyte=10.0, gflops=500.0, roofline=0.5, copy_gb_s=10.0)
@@ -154,3 +156,23 @@ def test_readme_and_the_page_of_benchmarks_are_fresh(monkeypatch):
     assert shown == report.table(latest), cure
     monkeypatch.setattr(report, "devices", lambda folder: sorted(newest.values()))
     assert report.PAGE.read_text() == report.page(), cure
+
+
+def test_errors_are_told_in_epsilons_of_the_largest_value(tmp_path):
+    eps = 2.0**-23
+    compared = [
+        Comparison("lstm: output", 3 * eps, 16 * eps, 4 * eps, scale=1.0),
+        Comparison("lstm: h_n", 8 * eps, 10 * eps, 1 * eps, scale=4.0),
+    ]
+    where = {"backend": "cpu", "cell": "lstm", "dtype": "float32"}
+    found = errors.Errors.of("outputs", compared, **where)
+    assert (found.tensors, found.ours, found.torch_nn, found.share) == (2, 3.0, 4.0, 0.8)
+    with Writer(tmp_path / "errors.csv", ORIGIN, errors.Errors) as writer:
+        writer.write(found)
+    (line,) = errors.rows.lines(tmp_path / "errors.csv")
+    assert errors.Errors.parse(line) == found
+
+
+def test_the_page_of_errors_is_fresh():
+    written = [errors.page(path) for path in errors.results.RESULTS.glob("*/errors.csv")]
+    assert errors.PAGE.read_text() in written, "run `python benchmarks/errors.py`"

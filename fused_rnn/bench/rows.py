@@ -63,6 +63,7 @@ class Line:
         """The row of a line; columns that an older version did not write have their defaults."""
         convert: dict[Any, Any] = {
             int: int,
+            float: float,
             str: str,
             bool: "True".__eq__,
             int | None: lambda text: int(text) if text else None,
