@@ -1,7 +1,7 @@
 """Errors against float64, ours and torch.nn's, by cell and dtype.
 
-``python benchmarks/errors.py`` runs the forms of ``fused_rnn/bench/check.py`` on the CPU's backends,
-writes ``results/<device>/errors.csv`` and docs/numerics.md. Nothing is timed.
+``python benchmarks/errors.py`` runs the forms of ``fused_rnn/bench/check.py`` on the CPU's
+backends, writes ``results/<device>/errors.csv`` and docs/numerics.md. Nothing is timed.
 """
 
 import argparse
