@@ -22,6 +22,7 @@ import char_lm
 import plot
 import results
 from torch import nn
+from tqdm import tqdm
 
 import fused_rnn
 from fused_rnn.bench import check, measure, rows, timing, workloads
@@ -83,7 +84,7 @@ def timing_part(run: Run, threads: list[int], budget: float, least: int) -> dict
         budget=budget,
         least=least,
         progress=progress,
-        say=say,
+        say=tqdm.write,
     )
     run.rows += measured
     for row in measured:

@@ -220,11 +220,14 @@ def test_the_command_writes_rows_and_goes_on_behind_them(tmp_path, capsys, monke
     assert command.main([*options, "--out", str(path)]) == 0
     assert path.read_text().startswith(text)
     assert [r.kind for r in measured(path)] == ["forward"] * 2 + ["train"] * 2
-    # Other code, and all is measured again.
-    monkeypatch.setattr(rows, "source_hash", lambda: "other")
-    assert command.main([*options, "--out", str(path), "--pass", "forward"]) == 0
-    with path.open(newline="") as file:
-        assert [line["sources"] for line in csv.DictReader(file)][4:] == ["other"] * 2
+    # Other code or another instruction set, and all is measured again.
+    for function, column in (("source_hash", "sources"), ("build_info", "build")):
+        monkeypatch.setattr(rows, function, lambda *_: "other")
+        assert command.main([*options, "--out", str(path), "--pass", "forward"]) == 0
+        with path.open(newline="") as file:
+            last = [line[column] for line in csv.DictReader(file)]
+        assert last[-2:] == ["other"] * 2
+        assert "other" not in last[:-2]
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path, capsys, monkeypatch):

@@ -6,7 +6,7 @@
     python -m fused_rnn.bench --dtype float32,bfloat16 --pass forward --threads 1,2 --out rows.csv
 
 Rows are in the file the moment they are measured. A run that was interrupted goes on when the same
-command is given again: rows of the same code, device and torch are not measured twice.
+command is given again: rows of the same code, build, device and torch are not measured twice.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = (".py", ".h", ".cpp", ".cu", ".cuh")
-SAME = ("device", "sources", "torch")
+SAME = ("device", "sources", "torch", "build")
 """Rows that agree in these are of one series: a run goes on with it."""
 
 
