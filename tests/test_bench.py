@@ -108,6 +108,28 @@ def test_memory_that_is_not_there_is_no_fault():
     assert (row.status, row.is_bad, row.p50_ms) == ("out of memory", False, None)
 
 
+def test_what_fails_once_it_is_measured_spoils_no_other(monkeypatch):
+    class Breaks(nn.GRU):
+        room = True
+
+        def forward(self, input, hx=None):
+            if not Breaks.room:
+                raise RuntimeError("no room")
+            return super().forward(input, hx)
+
+    def peak(call, repeats):
+        Breaks.room = False
+        call()
+        return 1 << 10
+
+    monkeypatch.setattr(timing, "peak_memory", peak)
+    harness = Bench([Provider("breaks", SimpleNamespace(GRU=Breaks)), find("torch")])
+    first, second = harness.rows(Point(TINY, "float32", "forward"), 0.0, 1)
+    assert (first.status, first.p50_ms, first.peak_kib) == ("failed: no room", None, None)
+    assert (second.status, second.peak_kib) == ("ok", 1)
+    assert second.p50_ms > 0
+
+
 def test_compiled_loop_is_refused_where_it_would_not_end():
     compiled = find("torch.compile")
     assert compiled.compiles

@@ -118,8 +118,9 @@ class Bench:
                     entry.case.module.train(point.kind == "train")
                     with torch.set_grad_enabled(point.kind == "train"):
                         ran[entry.name] = entry.provider.ran(entry.case)
-                    calls[entry.name] = self.rotating(entry.case, point.kind)
-                    peaks[entry.name] = self.peak(entry.case.call(point.kind), point.threads)
+                    call = self.rotating(entry.case, point.kind)
+                    peaks[entry.name] = self.peak(call, point.threads)
+                    calls[entry.name] = call
             samples: dict[str, list[float]] = {}
             together = Entry(self.providers[0])
             with self.noting(together):
@@ -128,7 +129,7 @@ class Bench:
                     self.products(point) | turns, seconds, min_repeats=least, measure=self.measure
                 )
         for entry in entries:
-            if entry.name in calls and entry.status == "ok":
+            if entry.name in calls:
                 entry.status = together.status
         nothing: dict[str, Any] = {"requested": "", "backend": "", "algorithm": ""}
         return [
