@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("tqdm", reason="fused_rnn.bench needs tqdm")
+
 from fused_rnn.bench import __main__ as command
 from fused_rnn.bench import measure, providers, rows, timing, workloads
 from fused_rnn.bench.arithmetic import DTYPES

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
+pytest.importorskip("tqdm", reason="fused_rnn.bench needs tqdm")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
