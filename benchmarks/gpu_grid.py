@@ -10,6 +10,7 @@ one on the same device and code stopped, and stops by itself after ``--seconds``
 
 import argparse
 import gc
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ ROW_S = 0.8
 LEAST, MOST = 5, 50
 CALIBRATION = {"cuda": (4096, torch.float16), "cpu": (timing.CALIBRATION_SIZE, torch.float32)}
 OUT_OF_MEMORY = "out of memory"
+REFUSAL = re.compile(r"backend '.*?' cannot run this: ")
 DEVICE_BROKEN = 3
 """Exit status where the device is in error and nothing more can be measured."""
 
@@ -262,6 +264,8 @@ class Bench:
             sentence = (str(error).splitlines() or [type(error).__name__])[0]
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
                 verdict.status = OUT_OF_MEMORY
+            elif refusal := REFUSAL.match(sentence):
+                verdict.status = f"refused: {sentence[refusal.end() :]}"
             else:
                 verdict.status = f"failed: {sentence}"
         try:
@@ -326,7 +330,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="results folder")
     parser.add_argument("--seconds", type=float, default=450, help="start no row after these")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backends", nargs="+", help="of fused_rnn's modules (default: device's)")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of fused_rnn's modules, such as cuda:stepwise or triton (default: the device's name)",
+    )
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run")
     return parser.parse_args(argv)
 
@@ -344,6 +354,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     origin = provenance(fused_rnn, arguments.device)
     backends = arguments.backends or [arguments.device]
+    for name in backends:
+        if reason := fused_rnn.backends.BACKENDS[name.partition(":")[0]].available():
+            say(f"backend {name!r} is not available: {reason}")
+            return 2
     providers: dict[str, tuple[ModuleType, dict[str, Any]]] = {TORCH: (nn, {})}
     providers |= {name: (fused_rnn, {"backend": name}) for name in backends}
     bench = Bench(arguments.device, providers, fused_rnn, 0.0 if arguments.tiny else ROW_S)

@@ -1,13 +1,14 @@
 """The pieces of ``make gpu-check``. Each runs commands by way of :class:`gpu_run.Check`, keeps in
 ``check.found`` what the summary tells and what need not be done again, and says how it ended.
 
-========  ===========================================================================
-build     the library with this Python's torch; also loads one that was built without CUDA
-test      the tests, what only a GPU shows first, a file at a time
-sanitize  compute-sanitizer's tools on a planted error, which each must find, and on every op
-micro     what synchronisation and launches cost here, the plan's constants
-bench     the grid against torch.nn
-========  ===========================================================================
+============  ===========================================================================
+build         the library with this Python's torch; also loads one that was built without CUDA
+test          the tests, what only a GPU shows first, a file at a time
+sanitize      compute-sanitizer's tools on a planted error, which each must find, and on every op
+micro         what synchronisation and launches cost here, the plan's constants
+bench         the grid: the CUDA kernels against torch.nn
+bench_triton  the grid: Triton's kernels against torch.nn
+============  ===========================================================================
 """
 
 import csv
@@ -252,15 +253,21 @@ def micro(check: Check) -> Outcome:
     return Outcome("passed", f"{len(lines) - 1} rows")
 
 
-def bench(check: Check) -> Outcome:
+def bench(check: Check, backend: str = "cuda") -> Outcome:
     seconds = min(BENCH_S, check.left - LEAST_S)
-    out = ("--out", check.folder.parent)
-    ended = check.command(PYTHON, results.ROOT / "gpu_grid.py", *out, "--seconds", f"{seconds:.0f}")
+    options = ("--backends", backend, "--out", check.folder.parent, "--seconds", f"{seconds:.0f}")
+    ended = check.command(PYTHON, results.ROOT / "gpu_grid.py", *options)
     counted = re.findall(r"^\d+ of \d+ points measured.*", ended.output, re.MULTILINE)
     said = counted[-1] if counted else "it was ended before it counted its rows"
     if ended.status is None:
         return Outcome("cut", f"{said}; run it again to go on")
     return Outcome("passed" if ended.ok else "failed", f"{said} ({ended.how})")
+
+
+def bench_triton(check: Check) -> Outcome:
+    """A piece of its own: Triton's kernels take seconds to compile at each new H, and the CUDA
+    kernels' rows do not wait for them."""
+    return bench(check, "triton")
 
 
 def compile_micro(check: Check, name: str) -> Path | Outcome:
@@ -299,5 +306,5 @@ def find_tool(name: str) -> str | None:
 
 
 PIECES: dict[str, Callable[[Check], Outcome]] = {
-    piece.__name__: piece for piece in (build, test, sanitize, micro, bench)
+    piece.__name__: piece for piece in (build, test, sanitize, micro, bench, bench_triton)
 }

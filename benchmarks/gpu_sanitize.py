@@ -1,4 +1,4 @@
-"""Every CUDA op, forward and backward, on small shapes: what compute-sanitizer watches.
+"""Every op on a GPU, forward and backward, on small shapes: what compute-sanitizer watches.
 
 ``make gpu-check PIECE=sanitize`` runs it once under each tool. Whether results are right is the
 tests' business; here they only have to be finite.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_rnn import autograd
+from fused_rnn.backends import triton
 from fused_rnn.cells import CELLS, Cell
 from fused_rnn.plan import ALGORITHMS, describe, plan
 
@@ -37,6 +38,25 @@ def calls(device: str) -> Iterator[str]:
         yield f"{name}, {dtype}, {shape}, step"
 
 
+def triton_calls(device: str) -> Iterator[str]:
+    """The same for Triton's ops. A kernel is compiled when it is called, which takes seconds, and
+    is the same source for all cells and dtypes: a few of each."""
+    from fused_rnn.backends.triton import ops, tuning
+
+    shared = tuning.shared_bytes(0 if device == "cuda" else None)
+    dtypes = (torch.float32, torch.bfloat16)
+    for name, dtype, shape in product(("lstm", "gru"), dtypes, SHAPES):
+        cell = CELLS[name]
+        fits = tuning.resident(cell, shape[-1], tuning.precision(dtype, False), shared)[0]
+        for form, algorithm in product(("control", "rows"), tuning.ALGORITHMS):
+            if algorithm != "resident" or fits:
+                number = tuning.ALGORITHMS.index(algorithm) + 1
+                layer(cell, dtype, shape, form, device, number, ops.library)
+                yield f"{name}, {dtype}, {shape}, {form}, triton:{algorithm}"
+        step(cell, dtype, shape, device, ops.library)
+        yield f"{name}, {dtype}, {shape}, step, triton"
+
+
 def algorithms(
     cell: str, dtype: torch.dtype, shape: tuple[int, int, int], form: str, device: str
 ) -> list[int]:
@@ -55,6 +75,7 @@ def layer(
     form: str,
     device: str,
     algorithm: int,
+    library: Any = None,
 ) -> None:
     T, N, H = shape
     P = PROJECTED if form == "projection" else 0
@@ -74,16 +95,23 @@ def layer(
     operands = [draw(*lead, WIDTH), draw(G, R), draw(G), draw(N, R)]
     c0 = draw(N, H) if cell.states == 2 else None
     more = {"w_ih": draw(G, WIDTH), "b_ih": draw(G), "w_hr": draw(P, H) if P else None}
-    outputs = autograd.layer(cell, *operands, c0, **more, **options, algorithm=algorithm)
+    options |= {"algorithm": algorithm, "library": library}
+    outputs = autograd.layer(cell, *operands, c0, **more, **options)
     finish(outputs, [*operands, c0, *more.values()])
 
 
-def step(cell: Cell, dtype: torch.dtype, shape: tuple[int, int, int], device: str) -> None:
+def step(
+    cell: Cell,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    device: str,
+    library: Any = None,
+) -> None:
     _, N, H = shape
     sizes = (cell.gates * H, cell.gates * H, H, H)[: 3 if cell.states == 1 else 4]
     operands = [torch.randn(N, size).to(device, dtype).requires_grad_() for size in sizes]
     c = operands[3] if cell.states == 2 else None
-    finish(autograd.step(cell, *operands[:3], c), operands)
+    finish(autograd.step(cell, *operands[:3], c, library=library), operands)
 
 
 def finish(outputs: tuple[Tensor | None, ...], inputs: list[Tensor | None]) -> None:
@@ -104,6 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     device = parser.parse_args(argv).device
     torch.manual_seed(0)
     made = [*calls(device)]
+    if (reason := triton.available()) is None and (device == "cpu") == triton.INTERPRETS:
+        made += triton_calls(device)
+    else:
+        print(f"Triton's ops are left out: {reason or f'they do not run on {device}'}")
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{len(made)} calls made, forward and backward, on {device}")

@@ -9,14 +9,14 @@ import csv
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gpu_rows
 from gpu_rows import SAME, TORCH, GpuRow
 
-PIECES = ("build", "test", "sanitize", "micro", "bench")
+PIECES = ("build", "test", "sanitize", "micro", "bench", "bench_triton")
 MISSING = "not yet measured"
 PUBLISHED_AT = {"cell": "lstm", "dtype": "fp16", "H": 768, "I": 768, "N": 16, "T": 1024}
 PUBLISHED = {"forward": 2.01, "train": 5.19}
@@ -191,37 +191,38 @@ def anchors(rows: list[GpuRow]) -> Iterator[str]:
     published = PUBLISHED_AT.items()
     there = [row for row in rows if all(getattr(row, k) == v for k, v in published)]
 
-    def told(kind: str, wanted: Callable[[GpuRow], bool]) -> str:
-        found = next((row for row in there if row.kind == kind and wanted(row)), None)
+    def told(kind: str, provider: str) -> str:
+        found = next((row for row in there if (row.kind, row.provider) == (kind, provider)), None)
         if found is None or found.p50_ms is None:
             return MISSING if found is None else found.status
         return f"{found.p50_ms:.3g} ({found.algorithm})"
 
     yield f"The published point, {' '.join(f'{k}={v}' for k, v in published)}, in milliseconds:"
+    ours = sorted({row.provider for row in rows} - {TORCH})
+    heads = [f"{provider} here" for provider in (TORCH, *ours)]
     yield table(
-        "| pass | torch.nn, published (H100 SXM) | torch.nn here | ours here |",
+        f"| pass | torch.nn, published (H100 SXM) | {' | '.join(heads)} |",
         [
-            f"| {kind} | {ms} | {told(kind, lambda row: row.provider == TORCH)} "
-            f"| {told(kind, lambda row: row.provider != TORCH)} |"
+            f"| {kind} | {ms} | {' | '.join(told(kind, provider) for provider in (TORCH, *ours))} |"
             for kind, ms in PUBLISHED.items()
         ],
     )
 
 
 def means(timed: list[GpuRow]) -> str:
-    groups: dict[tuple[str, str, str], list[GpuRow]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[GpuRow]] = defaultdict(list)
     for row in timed:
-        groups[row.cell, row.dtype, row.kind].append(row)
+        groups[row.provider, row.cell, row.dtype, row.kind].append(row)
     lines = []
-    for (cell, dtype, kind), members in sorted(groups.items()):
+    for group, members in sorted(groups.items()):
         found = [row.ratio or 0.0 for row in members]
         worst, best = min(found), max(found)
         faster = sum(ratio > 1 for ratio in found)
         lines.append(
-            f"| {cell} | {dtype} | {kind} | {statistics.geometric_mean(found):.2f}× | {worst:.2f}× "
+            f"| {' | '.join(group)} | {statistics.geometric_mean(found):.2f}× | {worst:.2f}× "
             f"| {best:.2f}× | {faster} of {len(found)} |"
         )
-    return table("| cell | dtype | pass | mean | worst | best | faster |", lines)
+    return table("| provider | cell | dtype | pass | mean | worst | best | faster |", lines)
 
 
 def ratios(rows: list[GpuRow], chosen: list[GpuRow]) -> str:

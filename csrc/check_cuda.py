@@ -50,6 +50,8 @@ What ptxas gives each kernel: the most registers a thread and the most shared me
 of all its instances (cells and dtypes), for each architecture. No kernel spills, and ptxas warns of
 none; `make cuda`, which writes this page, fails otherwise. Times: not yet measured.
 
+[The same of Triton's kernels](kernels/triton.md#registers-and-shared-memory), by launch shape.
+
 """
 
 

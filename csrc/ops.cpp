@@ -116,8 +116,6 @@ struct Problem {
           const Options& options)
       : operands("x", inputs.x) {
     const Tensor &x = inputs.x, &w_hh = inputs.w_hh;
-    STD_TORCH_CHECK(device.masks || (!options.h_mask && !options.keep),
-                    "fused_rnn: h_mask and keep are not implemented for this device");
     STD_TORCH_CHECK(options.algorithm >= 0 && options.algorithm <= device.algorithms,
                     "fused_rnn: this device has no algorithm ", options.algorithm);
     cell = shape_of(cell_id);

@@ -23,7 +23,6 @@ struct Device {
   void (*backward)(const BackwardArgs&, const Tensor& like);
   void (*step)(const StepArgs&, const Tensor& like);
   void (*step_backward)(const StepArgs&, const Tensor& like);
-  bool masks;          // it has h_mask and keep
   int64_t algorithms;  // how many there are to choose among by number, from 1 on
 };
 

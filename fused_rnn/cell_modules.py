@@ -12,7 +12,7 @@ from . import functional
 from .backends import Problem, check_name
 from .cells import CELLS, Cell, States
 from .functional import Weights
-from .modules import fx_leaf, with_backend
+from .sequence_module import fx_leaf, with_backend
 
 
 class CellModule(RNNCellBase):

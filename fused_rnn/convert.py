@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import cell_modules, modules
+from . import cell_modules, modules, sequence_module
 from .backends import check_name
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -68,9 +68,9 @@ def revert(model: nn.Module) -> nn.Module:
                 f"cannot revert {name or 'the model itself'}: its backend={m.backend!r} has no "
                 "counterpart in torch.nn; set its backend to 'auto' first"
             )
-        for option in ("direction", "learn_initial_state"):
+        for option in (option for option in sequence_module.OPTIONS if option != "forget_bias"):
             value = getattr(m, option, None)
-            if isinstance(m, modules.SequenceModule) and value != getattr(type(m), option):
+            if isinstance(m, sequence_module.SequenceModule) and value != getattr(type(m), option):
                 raise ValueError(
                     f"cannot revert {name or 'the model itself'}: its {option}={value!r} has no "
                     "counterpart in torch.nn"
@@ -123,7 +123,7 @@ def _as(
         cls = type(f"Parametrized{cls.__name__}", (cls,), body)
     new = cls.__new__(cls)
     new.__dict__.update(old.__dict__)
-    for option in ("backend", *modules.OPTIONS):
+    for option in ("backend", *sequence_module.OPTIONS):
         new.__dict__.pop(option, None)
     new.__dict__.update(extra)
     for name, value in old.__dict__.items():

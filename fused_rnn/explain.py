@@ -9,7 +9,7 @@ from torch import nn
 
 from .backends import BACKENDS, Problem, choose, how, refusal, requested
 from .cell_modules import CellModule
-from .modules import SequenceModule
+from .sequence_module import SequenceModule
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Layers, directions, dropout and packed input, over one call a layer and direction.
 
-Everything here is time-major; ``modules.py`` brings input into that form and back. What torch.nn
-refuses (tensors of different dtypes or on different devices, no steps at all) is handed to
+Everything here is time-major; ``sequence_module.py`` brings input into that form and back. What
+torch.nn refuses (tensors of different dtypes or on different devices, no steps at all) is handed to
 torch.nn, which then refuses it in its own words.
 """
 
@@ -68,6 +68,9 @@ def rnn(
             asked for cannot run this.
     """
     problem = describe(cell, input, states, weights, batch_sizes, bidirectional, options)
+    if options is not None and options.weight_dropout:
+        p = options.weight_dropout
+        weights = [w._replace(w_hh=torch.dropout(w.w_hh, p, True)) for w in weights]
     tensors = [w for layer in weights for w in layer if w is not None]
     if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
         chosen = torch_nn
@@ -112,6 +115,7 @@ def rnn(
             if loop is not None:
                 entering = loop.enter(entering, k, reverse)
                 keywords["control"] = loop.control(reverse)
+                keywords["h_mask"] = loop.h_mask(weights[k].w_hh.size(1), problem.dtype)
             h, c, final = _layer(
                 chosen, cell, input, entering, weights[k], reverse=reverse, rows=rows, **keywords
             )

@@ -41,6 +41,9 @@ class Options(NamedTuple):
         reverse: one direction only, from the end to the start.
         rows: ``[T,N]`` int32: where each step stands in compact input, -1 past the end.
         initial: the state that a reset brings back, a tuple of ``[L*D,*]``. ``None``: zeros.
+        recurrent_dropout: probability that a unit of h is zeroed, for a whole sequence, on its way
+            into the recurrent product.
+        weight_dropout: probability that an element of a recurrent weight is zeroed.
     """
 
     lengths: Tensor | None = None
@@ -52,6 +55,8 @@ class Options(NamedTuple):
     reverse: bool = False
     rows: Tensor | None = None
     initial: States | None = None
+    recurrent_dropout: float = 0.0
+    weight_dropout: float = 0.0
 
     def given(self) -> dict[str, Any]:
         """What differs from the defaults, by name."""
@@ -95,6 +100,7 @@ class Options(NamedTuple):
         inside = self.lengths is not None or self.reset is not None or self.tbptt is not None
         asked = {
             "control": inside,
+            "h_mask": self.recurrent_dropout > 0,
             "cell_states": self.return_cell_states,
             "last_step": self.last_step_only,
             "reverse": self.reverse,
@@ -185,6 +191,15 @@ class Loop:
             return y
         return y.masked_fill(self.ended.unsqueeze(-1), value)
 
+    def h_mask(self, width: int, dtype: torch.dtype) -> Tensor | None:
+        """The op's ``h_mask`` ``[N,R]``, drawn anew."""
+        p = self.options.recurrent_dropout
+        if not p:
+            return None
+        return torch.dropout(
+            torch.ones(self.batch, width, dtype=dtype, device=self.device), p, True
+        )
+
     def enter(self, states: States | None, layer: int, reverse: bool) -> States | None:
         """The states with which the op begins, from the caller's."""
         return states
@@ -263,6 +278,11 @@ class Episodes(Loop):
 
     def output(self, y: Tensor) -> Tensor:
         return super().output(y.unflatten(0, (self.steps, self.batch)))
+
+    def h_mask(self, width: int, dtype: torch.dtype) -> Tensor | None:
+        """All episodes of a sequence have its mask."""
+        mask = super().h_mask(width, dtype)
+        return mask if mask is None else mask[self.sequence]
 
     def enter(self, states: States | None, layer: int, reverse: bool) -> States:
         assert self.options.initial is not None

@@ -22,10 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--most",
         type=int,
-        default=1000,
+        default=300,
         metavar="N",
         help="of a grid with more combinations --full runs a random sample of as many, another "
-        "with each --seed (default: 1000; 0: all)",
+        "with each --seed (default: 300; 0: all)",
     )
     parser.addoption(
         "--seed", type=int, default=0, help="seed of all random data (default: 0)", metavar="N"

@@ -3,6 +3,7 @@ one, from the kernels' own source on the emulator or on a GPU."""
 
 import functools
 
+import numerics
 import pytest
 import torch
 from emulator import build
@@ -23,6 +24,7 @@ def layer_by(algorithm, where, capability, monkeypatch):
         if build.compiler() is None:
             pytest.skip("there is no C++ compiler to compile the emulator")
         monkeypatch.setattr(autograd, "ops", build.ops())
+        build.seed(numerics.SEED)  # not the schedule that another test has left
         build.clusters(*EVERY)
         build.sms(EVERY[0])
     else:

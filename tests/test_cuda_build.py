@@ -151,7 +151,13 @@ def test_kernels_without_spills_for_every_architecture_pass_and_are_listed(tmp_p
     result = check(tmp_path, first, second)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "4 kernels for sm_80, sm_90, none spills, 0 on tensor cores\n"
-    assert "| `fill` | 2 | 14, 48 | 12, 48 |" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "| `fill` | 2 | 14, 48 | 12, 48 |" in page
+    head = page[: page.index("| kernel")]
+    assert (ROOT / "docs" / "kernels.md").read_text().startswith(head)
+    ((target, heading),) = re.findall(r"\]\((\S+)#(\S+)\)", head)
+    titles = re.findall(r"^#+ (.*)$", (ROOT / "docs" / target).read_text(), re.MULTILINE)
+    assert heading in {title.lower().replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize(

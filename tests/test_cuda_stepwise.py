@@ -1,6 +1,7 @@
 """The CUDA ops hold what every backend holds: from the kernels' own source on the emulator, and
 where there is a GPU and the library, on that."""
 
+import numerics
 import pytest
 import torch
 from emulator import build
@@ -33,6 +34,8 @@ def machine(request):
 def layer(machine, monkeypatch):
     """``autograd.layer`` on that machine, for tensors of the CPU."""
     ops, device = machine
+    if device == "cpu":
+        build.seed(numerics.SEED)
     monkeypatch.setattr(autograd, "ops", ops)
 
     def there(x):

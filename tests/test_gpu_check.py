@@ -3,12 +3,14 @@ and the programs that it compiles."""
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ import gpu_sanitize
 import results
 from gpu_run import Check, Finished, Outcome
 
+from fused_rnn.backends import triton
 from fused_rnn.bench import rows
 from fused_rnn.plan import KNOWN_DEVICES
 
@@ -580,20 +583,39 @@ def test_micro_keeps_rows_with_device_date_and_commit(status, expected, tmp_path
 @pytest.mark.parametrize(
     ("status", "expected"), [(0, "passed"), (1, "failed"), (3, "failed"), (None, "cut")]
 )
-def test_bench_tells_how_many_points_are_measured(status, expected, tmp_path):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_bench_tells_how_many_points_are_measured(backend, status, expected, tmp_path):
     said = "7 of 3400 points measured, 7 of them now; 0 rows wrong or failed"
     now = Answers(tmp_path / "some-gpu", ("gpu_grid.py", status, f"noise\n{said}\n"))
-    found = gpu_pieces.bench(now)
+    piece = {"cuda": "bench", "triton": "bench_triton"}[backend]
+    found = gpu_pieces.PIECES[piece](now)
     assert found.status == expected
     assert said in found.sentence
-    assert f"--out {tmp_path} --seconds 450" in now.asked[0][0]
+    assert f"--backends {backend} --out {tmp_path} --seconds 450" in now.asked[0][0]
 
 
 def test_the_sanitized_calls_run_every_op_in_every_form(capsys):
     assert gpu_sanitize.main(["--device", "cpu"]) == 0
     cells, dtypes, shapes, forms = 4, 4, 2, 5  # four forms and a step; the LSTM has one more
     count = dtypes * shapes * (cells * forms + 1)
-    assert capsys.readouterr().out.startswith(f"{count} calls made, forward and backward")
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].startswith(f"{count} calls made, forward and backward")
+    assert told[0].startswith("Triton's ops are left out: ")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_tritons_ops_are_sanitized_where_they_run():
+    """Here, in Triton's interpreter, on one small shape."""
+    code = "import gpu_sanitize; gpu_sanitize.SHAPES = ((2, 2, 5),); gpu_sanitize.main(%s)"
+    command = [sys.executable, "-c", code % ["--device", "cpu"]]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ended = subprocess.run(
+        command, cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    native, cells, dtypes, forms = 4 * (4 * 5 + 1), 2, 2, 2
+    ours = cells * dtypes * (forms * len(triton.ALGORITHMS) + 1)
+    assert ended.stdout.startswith(f"{native + ours} calls made")
 
 
 def test_on_a_gpu_every_algorithm_is_sanitized_that_can_run(monkeypatch):

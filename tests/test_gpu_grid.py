@@ -3,9 +3,12 @@
 import csv
 import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ import gpu_grid
 import gpu_points
 import gpu_rows
 import gpu_summary
+import results
 from gpu_grid import TORCH, Bench, GpuRow
 
 from fused_rnn.bench import workloads
@@ -366,6 +370,47 @@ def test_the_command_runs_without_a_gpu_on_tiny_sizes(tmp_path, capsys, monkeypa
     assert lines[0]["sources"] == source_hash()
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_tritons_algorithms_are_measured_and_what_one_refuses_is_no_failure(tmp_path):
+    """In Triton's interpreter: a single step has no loop that could be tiled."""
+    code = """
+import sys, gpu_grid, gpu_points
+tiny = gpu_points.points(tiny=True)
+points = [next(p for p in tiny if p.kind == kind) for kind in ("train", "step")]
+gpu_points.points = lambda tiny: points
+gpu_grid.LEAST = gpu_grid.MOST = 1
+sys.exit(gpu_grid.main(sys.argv[1:]))
+"""
+    names = ["triton", "triton:tiled"]
+    options = ["--device", "cpu", "--tiny", "--out", tmp_path, "--backends", *names]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *options],
+        cwd=results.ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 of 2 points measured, 2 of them now; 0 rows wrong or failed" in ended.stdout
+    (path,) = tmp_path.rglob("grid.csv")
+    train, step = [
+        [*rows] for _, rows in itertools.groupby(gpu_rows.lines(path), lambda r: r["kind"])
+    ]
+    assert [row["requested"] for row in train] == ["", *names]
+    assert [row["algorithm"].partition(":")[0] for row in train[1:]] == ["resident", "tiled"]
+    assert all(row["status"] == "ok" and row["error_gradient"] for row in train)
+    assert [row["status"].partition(":")[0] for row in step] == ["ok", "ok", "refused"]
+    assert step[2]["status"].endswith("a single step has no time loop for 'tiled' to run")
+
+
+def test_a_backend_that_is_not_there_is_said(monkeypatch, capsys):
+    from fused_rnn.backends import triton
+
+    monkeypatch.setattr(triton, "UNAVAILABLE", "no moon")
+    assert gpu_grid.main(["--device", "cpu", "--tiny", "--backends", "triton:tiled"]) == 2
+    assert capsys.readouterr().out == "backend 'triton:tiled' is not available: no moon\n"
+
+
 def test_without_a_gpu_the_command_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_grid.main([]) == 2
@@ -394,6 +439,7 @@ def test_the_summary_tells_means_losses_and_anchors(tmp_path):
     rows = [
         row(TORCH, 1.0, p50=2.2, point=anchor, algorithm="PERSIST_STATIC"),
         row("cuda", 0.5, p50=4.4, point=anchor, algorithm="stepwise"),
+        row("triton", 0.25, p50=8.8, point=anchor, algorithm="tiled"),
         *(row(TORCH, 1.0, p50=8.0), row("cuda", 4.0, p50=2.0)),
         *(row(TORCH, 1.0, p50=3.0, point=other), row("cuda", 0.25, p50=12.0, point=other)),
         row("cuda", p50=None, status="out of memory", point=POINTS[1]),
@@ -405,14 +451,16 @@ def test_the_summary_tells_means_losses_and_anchors(tmp_path):
         for each in rows:
             writer.write(each)
     text = gpu_summary.summary(tmp_path)
-    assert "| lstm | fp32 | train | 1.00× | 0.25× | 4.00× | 1 of 2 |" in text
-    assert "| forward | 2.01 | 2.2 (PERSIST_STATIC) | 4.4 (stepwise) |" in text
-    assert "| train | 5.19 | not yet measured | out of memory |" in text
+    assert "| cuda | lstm | fp32 | train | 1.00× | 0.25× | 4.00× | 1 of 2 |" in text
+    assert "| triton | lstm | fp16 | forward | 0.25× | 0.25× | 0.25× | 0 of 1 |" in text
+    assert "| torch.nn here | cuda here | triton here |" in text
+    assert "| forward | 2.01 | 2.2 (PERSIST_STATIC) | 4.4 (stepwise) | 8.8 (tiled) |" in text
+    assert "| train | 5.19 | not yet measured | out of memory | not yet measured |" in text
     losses, wins = text.split("Where we lose most:")[1].split("Where we win most:")
     assert losses.index("0.25×") < losses.index("0.50×")
     assert "4.00×" in wins
     assert "0.50×" not in wins
-    assert "Without a time: 1 of 7 rows:" in text
+    assert "Without a time: 1 of 8 rows:" in text
     assert "99.00×" not in text
 
 

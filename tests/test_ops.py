@@ -249,16 +249,6 @@ def test_a_cell_has_a_number(cell):
     assert f"no cell has number {cell}" in message
 
 
-def test_dropout_and_zoneout_are_refused_so_far():
-    inputs = make_problem("gru", torch.float32, (3, 2, 8)).op_arguments()
-    for name, value in (
-        ("h_mask", torch.ones(2, 8)),
-        ("keep", torch.ones(3, 2, 8, dtype=torch.uint8)),
-    ):
-        message = refused(ops.layer, LAYER, inputs, name, lambda _, value=value: value)
-        assert "not implemented" in message
-
-
 def test_the_cpu_has_no_algorithms_to_choose_among():
     message = refused(ops.layer, LAYER, template("")[0], "algorithm", lambda _: 1)
     assert "no algorithm 1" in message

@@ -45,6 +45,8 @@ def bits(problem, threads: int) -> dict[str, torch.Tensor]:
     reverse=(False, True),
     product=(False, True),
     P=(0, 19),
+    h_mask=(False, True),
+    keep=(False, True),
 )
 def test_the_same_bits_on_any_number_of_threads(case):
     """Weights' gradients too, although chunks are cut otherwise for more threads."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ FEW = [
     for p in EVERY
     if p.cell == "lstm"
     and p.precision == "half"
-    and p.H in (1001, 120)
+    and p.H in (1001, 128)
     and (p.direction == "forward" or p.arch == 90)
 ]
 
@@ -40,10 +41,32 @@ FEW = [
 @pytest.mark.parametrize("point", EVERY if numerics.FULL else FEW, ids=str)
 def test_every_launch_shape_compiles_without_spills(point):
     """With every option given, which takes the most registers."""
-    used = usage(compiled(point))
+    kernel = compiled(point)
+    used = usage(kernel)
     assert used.stack == 0, f"{point}: {used}"
     assert used.registers <= 255
     assert used.shared <= triton_compile.SHARED[point.arch], f"{point}: {used}"
+    ptx = kernel.asm["ptx"]
+    # compute-sanitizer is told to look at what has the package's name in its own.
+    assert f".entry fused_rnn_{point.direction}_{point.kernel}(" in ptx
+    assert ".ftz" not in ptx  # no instruction takes numbers below the normal range for 0
+    assert not re.search(r"\b(atom|red)\.", ptx)  # sums have one order: bits repeat
+
+
+def test_a_spill_is_seen():
+    point = next(p for p in FEW if p.kernel == "resident")
+    starved = point._replace(shape=point.shape._replace(registers=64))
+    used = usage(compiled(starved))
+    assert used.registers <= 64
+    assert used.stack > 0
+
+
+@pytest.mark.parametrize("point", FEW, ids=str)
+def test_offsets_of_rows_have_64_bits(point):
+    """What a row's number is multiplied by is a row's width: 32 bits may not hold the product."""
+    ttir = compiled(point).asm["ttir"]
+    products = re.findall(rf"arith\.muli .*: tensor<{point.shape.rows}(?:x1)?x(i\d+)>", ttir)
+    assert {*products} == {"i64"}
 
 
 def test_few_are_some_of_each():
@@ -77,6 +100,19 @@ def test_no_new_compilation_for_another_batch_or_length(kernel, direction):
     assert key(T, N, 0, values._replace(control=None)) != expected
 
 
+def test_sizes_are_told_to_every_kernel_at_run_time():
+    """Those beside the loops as well: what is no tensor and no constant is not specialized."""
+    from fused_rnn.backends.triton import backward, forward, launch, step
+
+    loops = [kernel for of in launch.KERNELS.values() for kernel in of.values()]
+    others = [forward.gates_again, backward.trace_back, backward.gather_operands]
+    for kernel in (*loops, *others, step.step_forward, step.step_backward):
+        given = {p.name: p.do_not_specialize for p in kernel.params if not p.is_constexpr}
+        sizes = given.keys() - {"a", "before", "operand"}
+        assert sizes
+        assert all(given[name] for name in sizes), kernel
+
+
 def test_a_barrier_orders_memory_of_the_whole_block():
     """``tiled`` hands states from step to step through memory, behind debug_barrier."""
     point = next(p for p in FEW if p.kernel == "tiled" and p.direction == "backward")
@@ -103,10 +139,14 @@ def test_products_follow_torchs_flag_for_rnns(tf32):
         assert matmul.fp32_precision == before
 
 
-def test_interpreting_is_decided_once(tmp_path):
+def test_triton_is_imported_when_used_and_interpreting_is_decided_then(tmp_path):
     """With Triton imported, the variable comes too late: said in words, before anything runs."""
     code = """
-import os, torch, triton
+import os, sys, torch
+before = "triton" in sys.modules
+import fused_rnn
+assert ("triton" in sys.modules) == before
+import triton
 os.environ["TRITON_INTERPRET"] = "1"
 from fused_rnn.backends.triton import INTERPRETS
 assert not INTERPRETS

@@ -28,6 +28,7 @@ class Backward {
     int64_t previous;     // row of h and c with the state before, or kInitial, kZero
     int64_t n;            // in the batch
     bool passes;          // a gradient reaches the incoming state
+    const uint8_t* keep;  // of h, then of c; or null
   };
 
   const BackwardArgs& a;
@@ -41,6 +42,8 @@ class Backward {
   A* dgx;              // [slots][gate_stride], for dx
   A* bias_sums;        // [kBlockGates * unit blocks][kWidth]
   const T** before;    // [slots] the hidden state that entered the step
+  const T** masks;     // [slots] what it was multiplied by, with h_mask
+  A* computed_c;       // [slots][H] before zoneout, for w_hr
   const A** dgx_rows;  // [slots]
   int64_t* previous;   // [T][N], only with control or rows
   T* zeros;            // [max(H, R)]
@@ -73,6 +76,8 @@ class Backward {
     dgx = arena.take<A>(a.dx ? slots.capacity * gate_stride : 0);
     bias_sums = arena.take<A>(kBlockGates * unit_blocks * kWidth);
     before = arena.take<const T*>(slots.capacity);
+    masks = arena.take<const T*>(a.h_mask ? slots.capacity : 0);
+    computed_c = arena.take<A>(a.keep && a.dw_hr ? slots.capacity * a.H : 0);
     dgx_rows = arena.take<const A*>(slots.capacity);
     previous = arena.take<int64_t>(has_holes() ? a.T * a.N : 0);
     zeros = arena.take<T>(a.H > a.R ? a.H : a.R);
@@ -102,6 +107,7 @@ class Backward {
   bool projects() const { return kProjects && a.w_hr; }
   A* dh0(int64_t n) const { return static_cast<A*>(a.dh0) + n * a.R; }
   A* dc0(int64_t n) const { return static_cast<A*>(a.dc0) + n * a.H; }
+  const T* mask(int64_t n) const { return static_cast<const T*>(a.h_mask) + n * a.R; }
 
   void pack() {
     const int64_t hiddens = hidden.count(), inputs = input.count();
@@ -151,8 +157,9 @@ class Backward {
       const int64_t end = share.place + find_live(share, step);
       if (projects()) unproject(share.place, end, step);
       int64_t j = share.place;
-      for (; j + 1 < end; j += 2) update_units<2>(j);
-      if (j < end) update_units<1>(j);
+      // With zoneout row by row: compiled for two rows, its sums may be rounded otherwise.
+      for (; !a.keep && j + 1 < end; j += 2) update_units<2>(j);
+      for (; j < end; ++j) update_units<1>(j);
       propagate(share.place, end, step);
     }
   }
@@ -170,7 +177,10 @@ class Backward {
       const int64_t last = has_holes() ? previous[step * a.N + n]
                            : step == 0 ? kInitial
                                        : index + (a.reverse ? a.N : -a.N);
-      live[count] = {slot, index, last, n, !(at.control(n) & (kClear | kCut))};
+      const int64_t states = a.R + (Cell::kStates - 1) * a.H;
+      const uint8_t* const keep = a.keep ? a.keep + (at.t * a.N + n) * states : nullptr;
+      live[count] = {slot, index, last, n, !(at.control(n) & (kClear | kCut)), keep};
+      if (a.h_mask) masks[slot] = mask(n);
       before[slot] = state_before(a.h, a.h0, live[count], a.R);
       ++count;
     }
@@ -191,16 +201,28 @@ class Backward {
       x[j] = total;
       for (int64_t unit = 0; unit < a.R; unit += kWidth) {
         const int64_t n = a.R - unit;
-        const V dh = add(V::load(dh0(live[j].n) + unit, n), a.dh, live[j].index * a.R + unit, n);
+        A* const carried = dh0(live[j].n) + unit;
+        V dh = add(V::load(carried, n), a.dh, live[j].index * a.R + unit, n), past(0);
+        if (live[j].keep) keep(live[j].keep + unit, n, dh, past);
         dh.store(total + unit, n);
         if (a.dw_hr) dh.store(dh_sums.at(unit / kWidth, live[j].slot));
+        (live[j].passes ? past : V(0)).store(carried, n);
       }
-      memset(dh0(live[j].n), 0, sizeof(A) * size_t(a.R));
     }
     multiply(projection, x + begin, end - begin, step,
              [&](int64_t j, int64_t unit, int64_t n, V dh) {
                dh.store(dh_unprojected + (begin + j) * a.H + unit, n);
              });
+  }
+
+  // Of a kept state (zoneout) the gradient goes past the step: from `ds1` into `past`.
+  static FUSED_RNN_FN auto keep(const uint8_t* which, int64_t n, V& ds1, V& past) {
+    A lanes[kWidth] = {};
+    for (int64_t i = 0; i < kWidth && i < n; ++i) lanes[i] = which[i];
+    const auto kept = V::load(lanes) > V(0);
+    past = select(kept, ds1, V(0));
+    ds1 = select(kept, V(0), ds1);
+    return kept;
   }
 
   template <int K>
@@ -218,7 +240,7 @@ class Backward {
     const int64_t n = kFull ? kWidth : a.H - unit;
     const Live* row = live + j;
     X s[Cell::kStates], s1[Cell::kStates], ds1[Cell::kStates], ds[Cell::kStates], saved[4],
-        dx[kGates], dh[kGates];
+        dx[kGates], dh[kGates], past[Cell::kStates];
     X::each([&](int k) {
       const int64_t index = row[k].index;
       if (projects()) {
@@ -239,7 +261,13 @@ class Backward {
       for (int i = 0; i < Cell::kSaved; ++i) saved[i].part[k] = V::load(saved_at + i * a.H, n);
     });
 
+    if constexpr (K == 1) {
+      for (X& x : past) x = X(0);
+      if (a.keep) keep_back(row, unit, n, saved, s, s1, ds1, past);
+    }
     Cell::backward(ds1, saved, s, s1, dx, dh, ds);
+    if constexpr (K == 1)
+      for (int i = 0; a.keep && i < Cell::kStates; ++i) ds[i] = ds[i] + past[i];
 
     X::each([&](int k) {
       const int64_t slot = row[k].slot, block = unit / kWidth;
@@ -263,6 +291,19 @@ class Backward {
     });
   }
 
+  // The units of a live row that zoneout has kept; of an LSTM's c, what was computed instead.
+  template <class X>
+  void keep_back(const Live* row, int64_t unit, int64_t n, const X* saved, const X* s, X* s1,
+                 X* ds1, X* past) const {
+    if (!projects()) keep(row->keep + unit, n, ds1[0].part[0], past[0].part[0]);
+    if constexpr (Cell::kStates == 2) {
+      const auto kept = keep(row->keep + a.R + unit, n, ds1[1].part[0], past[1].part[0]);
+      V& c = s1[1].part[0];
+      c = select(kept, Cell::next_c(saved, s[1]).part[0], c);
+      if (a.dw_hr) c.store(computed_c + row->slot * a.H + unit, n);
+    }
+  }
+
   // x + gradient[at...], where there is one.
   static FUSED_RNN_FN V add(V x, const void* gradient, int64_t at, int64_t n) {
     return gradient ? x + V::load(static_cast<const T*>(gradient) + at, n) : x;
@@ -279,6 +320,7 @@ class Backward {
     multiply(hidden, x + begin, passing - begin, step,
              [&](int64_t j, int64_t unit, int64_t n, V dh) {
                A* to = dh0(who[begin + j]) + unit;
+               if (a.h_mask) dh = dh * V::load(mask(who[begin + j]) + unit, n);
                (dh + V::load(to, n)).store(to, n);
              });
   }
@@ -296,14 +338,16 @@ class Backward {
         });
       else if (i < ihs + hhs)
         hh.pack(i - ihs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
-          return V::load(before[slot] + column, n);
+          const V h = V::load(before[slot] + column, n);
+          return a.h_mask ? h * V::load(masks[slot] + column, n) : h;
         });
       else if constexpr (kProjects)
         hr.pack(i - ihs - hhs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
           const int64_t index = slots.index[slot];
           const T* o = static_cast<const T*>(a.saved) + (index * Cell::kSaved + 3) * a.H;
-          const T* c = static_cast<const T*>(a.c) + index * a.H;
-          return V::load(o + column, n) * tanh(V::load(c + column, n));
+          const V c = a.keep ? V::load(computed_c + slot * a.H + column, n)
+                             : V::load(static_cast<const T*>(a.c) + index * a.H + column, n);
+          return V::load(o + column, n) * tanh(c);
         });
     });
   }

@@ -21,12 +21,13 @@ class Forward {
   struct Live {
     int64_t index;  // in h, c, saved
     const A* gx;
-    const A* c;  // cell state before the step
-    A* c1;       // and after
-    A* h1;       // new hidden state, before a projection
-    T* h_out;    // where it is also wanted in the dtype of x, or null
-    T* c_out;    // only to save
+    const A *h, *c;  // states before the step
+    A* c1;           // cell state after it
+    A* h1;           // new hidden state, before a projection
+    T* h_out;        // where it is also wanted in the dtype of x, or null
+    T* c_out;        // only to save
     T* saved;
+    const uint8_t* keep;  // of h, then of c; or null
   };
 
   const ForwardArgs& a;
@@ -43,6 +44,8 @@ class Forward {
   A* carry;         // [2][N][R], where the output cannot be read back
   bool* flip;       // which half of carry holds the state
   A* unprojected;   // [N][H]
+  A* masked;        // [N][R] what the product reads, with h_mask
+  A* c_before;      // [N][H] where c may be kept, which is overwritten
   Live* live;       // of the current step, from the share's place on; so are x and who
   const A** x;      // states of the live rows, as the product reads them
   int64_t* who;     // which row of the share is live
@@ -67,6 +70,8 @@ class Forward {
     carry = arena.take<A>(kInPlace ? 0 : 2 * a.N * a.R);
     flip = arena.take<bool>(a.N);
     unprojected = arena.take<A>(a.w_hr ? a.N * a.H : 0);
+    masked = arena.take<A>(a.h_mask ? a.N * a.R : 0);
+    c_before = arena.take<A>(a.keep && Cell::kStates == 2 ? a.N * a.H : 0);
     live = arena.take<Live>(a.N);
     x = arena.take<const A*>(a.N);
     who = arena.take<int64_t>(a.N);
@@ -155,6 +160,7 @@ class Forward {
         });
       }
       if (a.w_hr) project(share.place, count, step);
+      for (int64_t j = share.place; a.keep && j < share.place + count; ++j) keep_states(j);
       for (int64_t j = share.place; j < share.place + count; ++j) {
         state[who[j]] = state_after(who[j], live[j].index);
         if constexpr (!kInPlace) flip[who[j]] = !flip[who[j]];
@@ -183,11 +189,15 @@ class Forward {
       const bool clear = at.control(n) & kClear;
       A* c = Cell::kStates == 2 ? static_cast<A*>(a.c_n) + n * a.H : nullptr;
       who[count] = place;
-      x[count] = clear ? zeros : state[place];
-      Live& row = live[count++];
+      Live& row = live[count];
       row.index = index;
       row.gx = gx + slot * gx_stride;
+      row.h = clear ? zeros : state[place];
       row.c = clear ? zeros : c;
+      row.keep = a.keep ? a.keep + (at.t * a.N + n) * kept_states() : nullptr;
+      if constexpr (Cell::kStates == 2)
+        if (a.keep && !clear) row.c = copy(c, c_before + place * a.H, a.H);
+      x[count++] = a.h_mask ? mask(row.h, n, masked + place * a.R) : row.h;
       row.c1 = c;
       row.h1 = a.w_hr ? unprojected + place * a.H : state_after(place, index);
       row.h_out = kInPlace || a.w_hr ? nullptr : static_cast<T*>(a.h) + index * a.R;
@@ -195,6 +205,34 @@ class Forward {
       row.saved = static_cast<T*>(a.saved) + index * Cell::kSaved * a.H;
     }
     return count - share.place;
+  }
+
+  int64_t kept_states() const { return a.R + (Cell::kStates - 1) * a.H; }
+
+  static const A* copy(const A* from, A* to, int64_t width) {
+    memcpy(to, from, sizeof(A) * size_t(width));
+    return to;
+  }
+
+  // A hidden state on its way into the product.
+  const A* mask(const A* h, int64_t n, A* to) const {
+    const T* by = static_cast<const T*>(a.h_mask) + n * a.R;
+    for (int64_t i = 0; i < a.R; i += kWidth)
+      (V::load(h + i, a.R - i) * V::load(by + i, a.R - i)).store(to + i, a.R - i);
+    return to;
+  }
+
+  // What zoneout keeps of the states before a live row's step.
+  void keep_states(int64_t j) const {
+    const Live& row = live[j];
+    T* const h_out = kInPlace ? nullptr : static_cast<T*>(a.h) + row.index * a.R;
+    keep(row.keep, row.h, state_after(who[j], row.index), h_out, a.R);
+    if constexpr (Cell::kStates == 2)
+      keep(row.keep + a.R, row.c, row.c1, a.save ? row.c_out : nullptr, a.H);
+  }
+  static void keep(const uint8_t* which, const A* before, A* state, T* out, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) state[i] = which[i] ? before[i] : state[i];
+    if (out) copy_row(state, out, width);
   }
 
   void run_tile(int64_t p, int vectors, int64_t first, int rows) {
@@ -239,7 +277,7 @@ class Forward {
         input[g].part[k] = V::load(row[k].gx + g * a.H + unit);
         product[g].part[k] = V::load(from + g * kWidth);
       }
-      if constexpr (Cell::kHiddenIsElementwise) s[0].part[k] = V::load(x[first + k] + unit, n);
+      if constexpr (Cell::kHiddenIsElementwise) s[0].part[k] = V::load(row[k].h + unit, n);
       if constexpr (Cell::kStates == 2) s[1].part[k] = V::load(row[k].c + unit, n);
     });
     Cell::forward(input, product, s, s1, saved);

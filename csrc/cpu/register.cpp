@@ -115,7 +115,7 @@ void step_backward(const StepArgs& args, const Tensor& like) {
   run_rows(best_kernels(scalar_of(like.scalar_type())).step_backward[args.cell], args);
 }
 
-constexpr Device kCpu = {forward, backward, step, step_backward, false, 0};
+constexpr Device kCpu = {forward, backward, step, step_backward, 0};
 
 }  // namespace
 }  // namespace fused_rnn

@@ -24,7 +24,6 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # their calls.
 SMALL_ROWS = 4
 SMALL_PRODUCTS = 2**21
-_NOT_YET = ("h_mask", "keep")
 
 
 def available() -> str | None:
@@ -34,9 +33,6 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.device != "cpu":
         return f"it runs on the CPU, and the input is on {problem.device}"
-    missing = [option for option in problem.options if option in _NOT_YET]
-    if missing:
-        return f"it lacks {', '.join(missing)}"
     return cannot_compute(problem)
 
 

@@ -195,6 +195,9 @@ void Machine::schedule() {
         report.deadlock = who_waits_where();
         return;
       }
+      // To look who of thousands may go on costs more than an event: it is not done after each.
+      size_t more = random.below(1 + waiting_.size() / 128);
+      while (more > 0 && event(threads.size())) --more;
       wake();
     }
     if (idle_ > launch.idle_limit) {

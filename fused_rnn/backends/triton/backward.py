@@ -18,6 +18,7 @@ from .steps import (
     ZERO,
     before_of,
     keeps,
+    kernel,
     multiplied,
     multiply,
     read,
@@ -117,7 +118,7 @@ def backward_units(
     return dgh, dh + past_h, dc + past_c
 
 
-@triton.jit(do_not_specialize=["T", "N", "reverse"])
+@kernel("T", "N", "reverse")
 def backward_resident(
     a,
     T,
@@ -194,7 +195,7 @@ def back_product(
     return tl.where(reads, product, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "N", "reverse", "width"])
+@kernel("T", "N", "reverse", "width")
 def backward_tiled(
     a,
     T,
@@ -244,7 +245,7 @@ def backward_tiled(
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "N", "reverse"])
+@kernel("T", "N", "reverse")
 def trace_back(a, before, T, N, reverse, ROWS: tl.constexpr):
     """For each step of ROWS sequences, where the state before it lies."""
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -257,7 +258,7 @@ def trace_back(a, before, T, N, reverse, ROWS: tl.constexpr):
         last = tl.where(live, index, last)
 
 
-@triton.jit(do_not_specialize=["T", "N", "reverse"])
+@kernel("T", "N", "reverse")
 def gather_operands(
     a,
     operand,

@@ -21,7 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cells
-from .steps import keeps, multiplied, multiply, read, read_tuple, rows_of, time_of, write_tuple
+from .steps import (
+    keeps,
+    kernel,
+    multiplied,
+    multiply,
+    read,
+    read_tuple,
+    rows_of,
+    time_of,
+    write_tuple,
+)
 
 
 class Forward(NamedTuple):
@@ -91,7 +101,7 @@ def forward_units(
     return h1, c1
 
 
-@triton.jit(do_not_specialize=["T", "N", "reverse"])
+@kernel("T", "N", "reverse")
 def forward_resident(
     a,
     T,
@@ -175,7 +185,7 @@ def recurrent(
     return biased
 
 
-@triton.jit(do_not_specialize=["T", "N", "reverse", "width"])
+@kernel("T", "N", "reverse", "width")
 def forward_tiled(
     a,
     T,
@@ -248,7 +258,7 @@ class Gates(NamedTuple):
     saved: Tensor
 
 
-@triton.jit(do_not_specialize=["M", "width"])
+@kernel("M", "width")
 def gates_again(
     a,
     M,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cells
-from .steps import read, read_tuple, write_tuple
+from .steps import kernel, read, read_tuple, write_tuple
 
 
 class Step(NamedTuple):
@@ -38,7 +38,7 @@ def tile(N, H: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
     return row, u, (row < N) & (u < H)
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel("N")
 def step_forward(
     a,
     N,
@@ -61,7 +61,7 @@ def step_forward(
         write_tuple(a.saved, row, u, mask, saved, SAVED, H)
 
 
-@triton.jit(do_not_specialize=["N"])
+@kernel("N")
 def step_backward(
     a,
     N,

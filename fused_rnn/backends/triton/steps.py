@@ -17,6 +17,16 @@ ZERO = tl.constexpr(-2)
 WIDENS = tl.constexpr(not isinstance(tl.zeros, triton.JITFunction))
 
 
+def kernel(*sizes):
+    """For functions that are launched: compiled for any ``sizes``, named after whose they are."""
+
+    def decorate(function):
+        name = f"fused_rnn_{function.__name__}"
+        return triton.jit(function, repr=lambda _: name, do_not_specialize=sizes)
+
+    return decorate
+
+
 @triton.jit
 def time_of(step, T, reverse):
     """The step'th step in the order in which forward runs."""

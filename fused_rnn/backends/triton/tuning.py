@@ -30,7 +30,7 @@ class Shape(NamedTuple):
         warps: of a program.
         stages: tiles of W_hh that ``tiled`` has on their way.
         registers: that ptxas may give a thread. Left to itself (``None``) it spills a few where one
-            more program would then fit beside; told, it spills in the widest shape.
+            more program would then fit beside; told, it takes all, and in wide shapes more.
         multiple: H has to be one of it.
         measured: where this was measured to be the fastest.
     """
@@ -53,8 +53,8 @@ RESIDENT_SHAPES = {
         Shape(16, 16, 0, 2, 1),
         Shape(16, 32, 0, 4, 1),
         Shape(16, 64, 0, 8, 1),
-        Shape(16, 128, 0, 8, 1, multiple=8),
-        Shape(16, 256, 0, 8, 1, registers=None, multiple=8),
+        Shape(16, 128, 0, 16, 1, registers=None, multiple=8),
+        Shape(16, 256, 0, 16, 1, registers=None, multiple=8),
     ),
     "tf32": (Shape(16, 16, 0, 2, 1), Shape(16, 32, 0, 4, 1), Shape(16, 64, 0, 8, 1)),
     "ieee": (Shape(16, 16, 0, 2, 1), Shape(16, 32, 0, 4, 1), Shape(16, 64, 0, 8, 1)),
@@ -123,13 +123,13 @@ def choose(cell: Cell, H: int, precision: str, algorithm: int, shared: int) -> t
 
 
 def configurations(cell: Cell, shared: int) -> Iterator[tuple[str, str, int, Shape]]:
-    """Kernel, precision, an H and shape: all that a GPU with so much shared memory may run. H is
-    one that is hard for the shape: an odd one takes the most registers, ``tiled`` needs the most
-    shared memory where rows of W_hh are aligned."""
+    """Kernel, precision, an H and shape: all that a GPU with so much shared memory may run. Each
+    shape comes with an H that leaves the tile's end empty and, where it may, is odd, and with one
+    whose rows of W_hh are aligned: either may be what takes more."""
     for precision, shapes in RESIDENT_SHAPES.items():
         for H in (1001, 1024):
             yield "tiled", precision, H, TILED_SHAPES[precision]
         for shape in shapes:
-            H = shape.units - (shape.multiple if shape.multiple > 1 else 1)
-            if resident(cell, H, precision, shared)[0] == shape:
-                yield "resident", precision, H, shape
+            for H in (shape.units - shape.multiple, shape.units):
+                if resident(cell, H, precision, shared)[0] == shape:
+                    yield "resident", precision, H, shape

@@ -244,8 +244,7 @@ void step(const StepArgs& args, const Tensor& like) {
   machine.give_back();
 }
 
-constexpr Device kEmulated = {forward,    backward, step<false>,
-                              step<true>, true,     std::size(kAlgorithms)};
+constexpr Device kEmulated = {forward, backward, step<false>, step<true>, std::size(kAlgorithms)};
 
 }  // namespace
 }  // namespace fused_rnn::cuda
