@@ -10,12 +10,12 @@ SANITIZED_TESTS := -m op
 # One process a core; PYTEST="-n 0 ..." runs all tests in one, as a debugger wants it.
 PYTEST_OPTIONS := --durations=20 -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: help bench test full sanitize cuda gpu-check lint format build compiled clean
+.PHONY: help bench test full sanitize cuda gpu-check docs lint format build compiled clean
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 bench: build  ## check against torch.nn, time against it, train a small language model
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/suite.py
 
 test: build  ## run the tests
 	$(BIN)/pytest $(PYTEST_OPTIONS) $(PYTEST)
@@ -41,6 +41,9 @@ cuda: .venv/installed  ## compile the CUDA library for every architecture; needs
 gpu-check:  ## on a machine with a GPU: build, test, sanitize, micro, bench (PIECE= for one)
 	$(PYTHON) benchmarks/gpu_check.py $(if $(PIECE),--piece $(PIECE)) $(if $(OUT),--out "$(OUT)") \
 	    $(if $(CPU_BUILT),--cpu-built "$(CPU_BUILT)") --pytest='$(PYTEST)'
+
+docs: build  ## the documents as a site in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/installed  ## ruff, mypy, clang-format: what pre-commit and CI run
 	$(BIN)/ruff check

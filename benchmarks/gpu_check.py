@@ -19,6 +19,8 @@ import results
 from gpu_pieces import PIECES
 from gpu_run import PIECE_S, ROOT, STATE, Check, Outcome, say
 
+from fused_rnn.bench import rows
+
 # One line of JSON about the machine, from a process that ends: the GPU is the pieces' alone.
 ASK = """
 import json, torch
@@ -74,9 +76,9 @@ def main(
     if not device["device"]:
         say(f"gpu-check: torch {device['torch']} sees no GPU, and all of this needs one")
         return 2
-    folder = options.out.resolve() / results.slug(device["device"])
+    folder = options.out.resolve() / rows.slug(device["device"])
     fetch_earlier(folder)
-    check = Check(folder, device, results.git_commit(), options)
+    check = Check(folder, device, rows.git_commit(), options)
     if (folder / STATE).exists():
         check.state = json.loads((folder / STATE).read_text())
     say(f"{device['device']}; torch {device['torch']}, commit {check.commit}; results in {folder}")

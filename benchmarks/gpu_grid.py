@@ -21,19 +21,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import check
 import gpu_points
 import gpu_rows
 import results
-import timing
 import torch
-import workloads
 from gpu_points import Point
-from gpu_rows import TORCH, GpuProvenance, GpuRow
-from timing import Turn
+from gpu_rows import TORCH, GpuRow
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from workloads import Case
+
+from fused_rnn.bench import check, timing, workloads
+from fused_rnn.bench.arithmetic import tf32
+from fused_rnn.bench.rows import Provenance, Writer, provenance
+from fused_rnn.bench.timing import Turn, wall_clock
+from fused_rnn.bench.workloads import Case
 
 AFFORDABLE_GFLOP = 10_000.0
 """Largest point that is also computed in float64: a fraction of a second at some 50 TFLOPS."""
@@ -161,7 +161,7 @@ class Bench:
     def prepare(self, point: Point, name: str) -> list[Case]:
         """Cases with different inputs, to take in turn, each called once."""
         case = self.make(point, name)
-        cases = [case, replace(case, input=other_input(case.input))]
+        cases = [case, case.another()]
         for each in cases:
             each.call(point.kind)()
         self.wait()
@@ -277,41 +277,13 @@ class Bench:
             self.free()
 
 
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Both of torch's flags: cuDNN heeds one, matrix products the other."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    before = matmul.allow_tf32
-    # As a context: plain assignment is refused once torch's own test helpers are imported.
-    with cudnn.flags(**kept, allow_tf32=allowed):
-        try:
-            matmul.allow_tf32 = allowed
-            yield
-        finally:
-            matmul.allow_tf32 = before
-
-
-def wall_clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def affordable(point: Point) -> bool:
     w = point.workload
     elements = w.T * w.N * w.H * w.L * w.D
     return w.gflop(point.kind) <= AFFORDABLE_GFLOP and elements <= AFFORDABLE_ELEMENTS
 
 
-def other_input(input: Tensor | PackedSequence) -> Tensor | PackedSequence:
-    """Input of the same shape elsewhere in memory, with other values."""
-    if isinstance(input, PackedSequence):
-        return PackedSequence(input.data.detach().flip(-1), *input[1:])
-    return input.detach().flip(-1)
-
-
-def run(bench: Bench, points: list[Point], path: Path, origin: GpuProvenance, end: float) -> int:
+def run(bench: Bench, points: list[Point], path: Path, origin: Provenance, end: float) -> int:
     """Measures what is missing until ``end``; the exit status: 0 if no row is wrong or failed."""
     rows = gpu_rows.read(path, origin)
     there: dict[str, set[str]] = {}
@@ -319,7 +291,7 @@ def run(bench: Bench, points: list[Point], path: Path, origin: GpuProvenance, en
         there.setdefault(row.key, set()).add(row.provider)
     missing = [p for p in points if there.get(" ".join(p.key), set()) < bench.providers.keys()]
     measured = 0
-    with results.Writer(path, origin, GpuRow, append=True) as writer:
+    with Writer(path, origin, GpuRow, append=True) as writer:
         for point in missing:
             if time.monotonic() >= end:
                 break
@@ -380,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         say(f"torch {torch.__version__} sees no GPU; `--device cpu --tiny` runs the code without")
         return 2
-    origin = gpu_rows.provenance(fused_rnn, arguments.device)
+    origin = provenance(fused_rnn, arguments.device)
     backends = arguments.backends or [arguments.device]
     for name in backends:
         if reason := fused_rnn.backends.BACKENDS[name.partition(":")[0]].available():

@@ -74,8 +74,9 @@ table run last."""
 LEFT_TO_CI = {
     f"test_{name}.py"
     for name in (
-        *("backends", "benchmarks", "build", "cuda_build", "docs", "emulator", "examples"),
-        *("export_trace", "gpu_check", "gpu_grid", "isa", "plan", "streaming_sharded", "threads"),
+        *("backends", "bench", "benchmarks", "build", "compare", "cuda_build", "docs"),
+        *("emulator", "examples", "export_trace", "gpu_check", "gpu_grid", "isa", "plan"),
+        *("plots", "profile", "self_test", "streaming_sharded", "threads"),
         *("triton_compile", "tune"),
     )
 }
@@ -92,7 +93,9 @@ def build(check: Check) -> Outcome:
         return Outcome(status, f"setup.py build_ext: {compiled.how}")
     told = check.command(PYTHON, "-m", "fused_rnn")
     check.found["info"] = told.output
-    if not told.ok or not re.search(r"^backend cuda\s+available$", told.output, re.MULTILINE):
+    if not told.ok:
+        return Outcome("failed", f"`python -m fused_rnn`, which tests itself: {told.how}")
+    if not re.search(r"^backend cuda\s+available$", told.output, re.MULTILINE):
         return Outcome("failed", "`python -m fused_rnn` does not call the cuda backend available")
     library = cpu_built(check)
     if library is None:

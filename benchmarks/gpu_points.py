@@ -5,26 +5,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-import torch
-import workloads
-from workloads import GATES, Workload
+import results  # noqa: F401, where the package is
 
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What a column ``dtype`` means: the tensors' dtype, whether float32 may be multiplied in TF32,
-    and the distance of 1 to the next number of the products' operands."""
-
-    dtype: torch.dtype
-    tf32: bool
-    eps: float
-
+from fused_rnn.bench import workloads
+from fused_rnn.bench.arithmetic import DTYPES, Arithmetic
+from fused_rnn.bench.workloads import GATES, Workload, square
 
 ARITHMETICS = {
-    "fp16": Arithmetic(torch.float16, False, torch.finfo(torch.float16).eps),
-    "bf16": Arithmetic(torch.bfloat16, False, torch.finfo(torch.bfloat16).eps),
-    "tf32": Arithmetic(torch.float32, True, 2.0**-10),
-    "fp32": Arithmetic(torch.float32, False, torch.finfo(torch.float32).eps),
+    "fp16": DTYPES["float16"],
+    "bf16": DTYPES["bfloat16"],
+    "tf32": DTYPES["tf32"],
+    "fp32": DTYPES["float32"],
 }
 # Both widths first, then the other of each.
 DTYPE_PAIRS = (("bf16", "tf32"), ("fp16", "fp32"))
@@ -57,12 +48,6 @@ class Point:
 
     def __str__(self) -> str:
         return f"{self.workload.cell} {self.workload.shape} {self.dtype} {self.kind}"
-
-
-def square(cell: str, H: int, N: int, T: int, **more: object) -> Workload:
-    """A training workload with I = H."""
-    name = "-".join([cell, *map(str, (T, N, H)), *(f"{k}{v}" for k, v in more.items())])
-    return Workload(name, cell, I=H, H=H, T=T, N=N, mode="train", **more)  # type: ignore[arg-type]
 
 
 def core() -> Iterator[Workload]:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import gpu_summary
 import results
 
+from fused_rnn.bench.rows import source_hash
+
 ROOT = results.ROOT.parent
 PIECE_S = 470.0
 """Seconds a piece may take; what is left of eight minutes is for ending what runs."""
@@ -98,7 +100,7 @@ class Check:
         return outcome.status == "passed"
 
     def stamp(self, piece: str) -> dict[str, Any]:
-        sources = results.source_hash(*HANGS_ON.get(piece, ()))
+        sources = source_hash(*HANGS_ON.get(piece, ()))
         return {"sources": sources, "device": self.device}
 
     def save(self) -> None:

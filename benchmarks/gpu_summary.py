@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_rows
-from gpu_rows import TORCH, GpuRow
+from gpu_rows import SAME, TORCH, GpuRow
 
 PIECES = ("build", "test", "sanitize", "micro", "bench", "bench_triton")
 MISSING = "not yet measured"
@@ -150,7 +150,7 @@ def read_grid(path: Path) -> tuple[list[GpuRow], dict[str, str]]:
     if not lines:
         return [], {}
     last = lines[-1]
-    lines = [line for line in lines if all(line[k] == last[k] for k in gpu_rows.SAME)]
+    lines = [line for line in lines if all(line[k] == last[k] for k in SAME)]
     return [GpuRow.parse(line) for line in lines], last
 
 

@@ -1,28 +1,29 @@
-"""Two pictures of a run: the ratios, and the loss curves of the character model.
+"""The pictures of a file of rows, each as PNG and SVG beside it.
 
-``python benchmarks/plot.py [rows.csv]`` draws them again, beside the file they come from.
+``python benchmarks/plot.py [rows.csv]`` draws all for which the file has rows: ratios to torch.nn,
+heat maps over H and N, times over T, N, H and threads with the fitted slope, the roofline, memory,
+and the loss curves of the character model. ``--before old.csv`` adds what changed since that file.
 """
 
 import argparse
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
+import charts
 import results
-from matplotlib import pyplot as plt
-from matplotlib.ticker import LogLocator, NullLocator
+from charts import INK, OURS, THEIRS, plt
+from matplotlib.figure import Figure
 
-OURS, THEIRS, LINE = "#2a6f97", "#c1666b", "#444444"
+from fused_rnn.bench.rows import Provenance, Row, read
 
 
-def plot_ratios(path: Path) -> Path:
+def ratios(rows: list[Row], run: Provenance) -> Figure | None:
     """One bar for each workload and pass on one thread: torch.nn's time over ours."""
-    rows, provenance = results.read(path)
-    rows = [r for r in rows if r.provider == "fused_rnn" and r.threads == 1][::-1]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.24 * len(rows)), layout="constrained")
+    rows = [r for r in rows if r.provider == "fused_rnn" and r.threads == 1 and r.ratio][::-1]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.24 * len(rows)))
     axes.barh(
         [f"{r.workload} · {r.kind}" for r in rows],
         [r.ratio - 1 for r in rows],
@@ -39,28 +40,21 @@ def plot_ratios(path: Path) -> Path:
             fontsize=8,
         )
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}×")
-    axes.xaxis.set_minor_locator(NullLocator())
+    charts.plain_ticks(axes.xaxis, unit="×")
     axes.tick_params(labelsize=8)
-    axes.axvline(1, color=LINE, linewidth=1)
+    axes.axvline(1, color=INK, linewidth=1)
     axes.margins(x=0.12, y=0.01)
-    axes.set_title(
-        f"fused_rnn against torch.nn {provenance.torch}, one thread (longer is faster)\n"
-        f"{provenance.device}, {provenance.date[:10]}, commit {provenance.commit}",
-        fontsize=9,
-    )
-    return _save(figure, path, "ratios")
+    what = f"fused_rnn against torch.nn {run.torch}, one thread (longer is faster)"
+    figure.suptitle(charts.titled(what, run), fontsize=9)
+    return figure
 
 
-def plot_losses(path: Path) -> Path:
+def losses(path: Path) -> Figure:
     """The loss curves over each other, and below how far apart they are."""
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     column = {name: [float(line[name]) for line in lines] for name in lines[0]}
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, layout="constrained", height_ratios=(2, 1)
-    )
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, height_ratios=(2, 1))
     for name, color, width in (("torch", THEIRS, 4.0), ("fused_rnn", OURS, 1.2)):
         seconds = sum(column[f"{name}_seconds"])
         above.plot(column[f"{name}_loss"], color=color, lw=width, label=f"{name}, {seconds:.1f} s")
@@ -75,29 +69,43 @@ def plot_losses(path: Path) -> Path:
     below.set_ylabel("relative distance")
     below.set_xlabel("step")
     below.legend()
-    return _save(figure, path, "")
+    return figure
 
 
-def plot_run(path: Path) -> list[Path]:
-    """The pictures of what the run that wrote ``path`` has: its rows, its losses."""
-    losses = results.losses_path(path)
-    rows = path.read_text().count("\n") > 1
-    return ([plot_ratios(path)] if rows else []) + (
-        [plot_losses(losses)] if losses.exists() else []
+def figures(path: Path, before: Path | None = None) -> Iterator[tuple[str, Figure]]:
+    """The pictures for which there are rows, by name."""
+    if path.read_text().count("\n") > 1:
+        rows, run = read(path)
+        timed = [row for row in rows if row.status == "ok"]
+        drawn = {"ratios": ratios(timed, run)}
+        drawn |= {name: draw(timed, run) for name, draw in charts.CHARTS.items()}
+        if before:
+            drawn["changes"] = charts.changes([r for r in read(before)[0] if r.p50_ms], timed, run)
+        yield from ((name, figure) for name, figure in drawn.items() if figure)
+    curves = results.losses_path(path)
+    if curves.exists():
+        yield "losses", losses(curves)
+
+
+def plot_run(path: Path, before: Path | None = None) -> list[Path]:
+    """Draws the pictures of the run that wrote ``path``; their files."""
+    files = []
+    for name, figure in figures(path, before):
+        for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+            files.append(path.with_name(f"{path.stem}-{name}.{suffix}"))
+            figure.savefig(files[-1], dpi=120, metadata=metadata)
+        plt.close(figure)
+    return files
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-
-
-def _save(figure: plt.Figure, path: Path, suffix: str) -> Path:
-    target = path.with_name("-".join(filter(None, (path.stem, suffix))) + ".png")
-    figure.savefig(target, dpi=120)
-    plt.close(figure)
-    return target
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", type=Path, nargs="?", help="rows file (default: the newest)")
-    for picture in plot_run(parser.parse_args().rows or results.newest()):
+    parser.add_argument("--before", type=Path, help="earlier rows to compare with")
+    arguments = parser.parse_args(argv)
+    for picture in plot_run(arguments.rows or results.newest(), arguments.before):
         print(picture)
 
 

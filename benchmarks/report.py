@@ -1,47 +1,84 @@
-"""README's table, made of a rows file and of nothing else.
+"""What people read, made of files of rows and of nothing else.
 
-``python benchmarks/report.py`` prints the table of the newest run;
-``--update README.md`` puts it between the markers there.
+``python benchmarks/report.py`` prints the table of the newest run; ``--update`` puts it between the
+markers of README.md and writes docs/benchmarks.md, the newest run of each device; ``--html`` writes
+that as one page with the pictures inside.
 """
 
 import argparse
+import html
+from collections.abc import Iterator
 from pathlib import Path
 
 import results
-from results import Row
 
+from fused_rnn.bench import rows
+from fused_rnn.bench.rows import Provenance, Row
+
+HOUSE = results.ROOT.parent
+README, PAGE = HOUSE / "README.md", HOUSE / "docs" / "benchmarks.md"
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
+HEAD = (
+    *("workload", "cell, shape", "pass", "backend", "torch.nn ms", "fused_rnn ms", "ratio"),
+    *("2 threads", "peak MiB, torch.nn → fused_rnn"),
+)
+COUNTS = (
+    "A ratio in parentheses does not count: beside it, two threads gave a plain matrix product "
+    "less than 1.3× of one thread, so the second core was not free."
+)
+PICTURES = ("ratios", "heat", "scaling", "roofline", "memory")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em }
+table { border-collapse: collapse; font-size: 13px }
+td, th { border-bottom: 1px solid #ddd; padding: 3px 8px; text-align: left }
+img, svg { max-width: 100%; height: auto }
+"""
+
+
+def measured_on(run: Provenance) -> str:
+    return (
+        f"Measured on {run.device}, {run.date[:10]}, commit {run.commit}; torch {run.torch}, "
+        f"Python {run.python}, {run.build}; float32, milliseconds a call (medians), "
+        "ratio = torch.nn's time over fused_rnn's, peak = what the process grew by in one call."
+    )
+
+
+def source(run: Provenance, path: Path) -> str:
+    return f"Command: `{run.command}`; rows: `{relative(path)}`."
+
+
+def lines(found: list[Row]) -> Iterator[tuple[str, ...]]:
+    """The cells of the table's lines, as ``HEAD`` names them."""
+    by_key = {(r.workload, r.kind, r.threads, r.provider): r for r in found}
+    for row in found:
+        if row.provider != "fused_rnn" or row.threads != 1 or row.ratio is None:
+            continue
+        theirs = by_key[row.workload, row.kind, 1, "torch"]
+        two = by_key.get((row.workload, row.kind, 2, "fused_rnn"))
+        yield (
+            row.workload,
+            f"{row.cell} {row.shape}",
+            row.kind,
+            row.backend,
+            milliseconds(theirs.p50_ms),
+            milliseconds(row.p50_ms),
+            f"**{row.ratio:.2f}×**",
+            two_threads(two),
+            f"{theirs.peak_mib} → {row.peak_mib}",
+        )
 
 
 def table(path: Path) -> str:
-    rows, run = results.read(path)
-    by_key = {(r.workload, r.kind, r.threads, r.provider): r for r in rows}
-    ours = [r for r in rows if r.provider == "fused_rnn" and r.threads == 1]
-    lines = [
-        f"Measured on {run.device}, {run.date[:10]}, commit {run.commit}; torch {run.torch}, "
-        f"Python {run.python}, {run.build}; float32, milliseconds a call (medians), "
-        "ratio = torch.nn's time over fused_rnn's, peak = what the process grew by in one call.",
+    """The rows of a file in Markdown, with where and how they were measured."""
+    found, run = rows.read(path)
+    written = [
+        measured_on(run),
         "",
-        "| workload | cell, shape | pass | backend | torch.nn ms | fused_rnn ms | ratio "
-        "| 2 threads | peak MiB, torch.nn → fused_rnn |",
+        f"| {' | '.join(HEAD)} |",
         "|---|---|---|---|---:|---:|---:|---:|---:|",
     ]
-    for row in ours:
-        theirs = by_key[row.workload, row.kind, 1, "torch"]
-        two = by_key.get((row.workload, row.kind, 2, "fused_rnn"))
-        lines.append(
-            f"| {row.workload} | {row.cell} {row.shape} | {row.kind} | {row.backend} "
-            f"| {milliseconds(theirs.p50_ms)} | {milliseconds(row.p50_ms)} | **{row.ratio:.2f}×** "
-            f"| {two_threads(two)} | {theirs.peak_mib} → {row.peak_mib} |"
-        )
-    lines += [
-        "",
-        "A ratio in parentheses does not count: beside it, two threads gave a plain matrix product "
-        "less than 1.3× of one thread, so the second core was not free.",
-        "",
-        f"Command: `{run.command}`; rows: `{relative(path)}`.",
-    ]
-    return "\n".join(lines)
+    written += [f"| {' | '.join(cells)} |" for cells in lines(found)]
+    return "\n".join([*written, "", COUNTS, "", source(run, path)])
 
 
 def milliseconds(value: float) -> str:
@@ -49,14 +86,71 @@ def milliseconds(value: float) -> str:
 
 
 def two_threads(row: Row | None) -> str:
-    if row is None:
+    if row is None or row.ratio is None:
         return ""
     return f"{row.ratio:.2f}×" if row.counts else f"({row.ratio:.2f}×)"
 
 
 def relative(path: Path) -> Path:
-    house = results.ROOT.parent
-    return path.resolve().relative_to(house) if path.resolve().is_relative_to(house) else path
+    return path.resolve().relative_to(HOUSE) if path.resolve().is_relative_to(HOUSE) else path
+
+
+def devices(folder: Path = results.RESULTS) -> list[Path]:
+    """The newest complete run of each device."""
+    found = []
+    for device in sorted(path for path in folder.iterdir() if path.is_dir()):
+        try:
+            found.append(results.newest(device))
+        except FileNotFoundError:  # what there is comes from `make gpu-check`
+            continue
+    return found
+
+
+def pictures(path: Path, suffix: str) -> list[Path]:
+    """Those that were drawn of a file of rows."""
+    named = (path.with_name(f"{path.stem}-{name}.{suffix}") for name in PICTURES)
+    return [picture for picture in named if picture.exists()]
+
+
+def page(folder: Path = results.RESULTS) -> str:
+    """docs/benchmarks.md."""
+    parts = [
+        "# Benchmarks",
+        "Made by `python benchmarks/report.py --update` from the newest rows of each device; "
+        "[benchmarks/README.md](../benchmarks/README.md) says what each number means.",
+    ]
+    for path in devices(folder):
+        _, run = rows.read(path)
+        parts += [f"## {run.device}", table(path)]
+        for picture in pictures(path, "png"):
+            parts.append(f"![{picture.stem}](../{relative(picture).as_posix()})")
+    checked = sorted(folder.glob("*/summary.md"))
+    parts.append("## GPUs")
+    parts += [f"[{path.parent.name}](../{relative(path).as_posix()})" for path in checked]
+    if not checked:
+        parts.append("Not yet measured. `make gpu-check` on a machine with one writes them here.")
+    return "\n\n".join(parts) + "\n"
+
+
+def html_page(folder: Path = results.RESULTS) -> str:
+    """The same as one page that needs no other file."""
+    parts = []
+    for path in devices(folder):
+        found, run = rows.read(path)
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in HEAD)
+        body = (
+            "".join(f"<td>{html.escape(cell.replace('*', ''))}</td>" for cell in cells)
+            for cells in lines(found)
+        )
+        parts += [f"<h2>{html.escape(run.device)}</h2><p>{html.escape(measured_on(run))}</p>"]
+        parts += [f"<table><tr>{head}</tr>", *(f"<tr>{row}</tr>" for row in body), "</table>"]
+        parts += [f"<p>{html.escape(text)}</p>" for text in (COUNTS, source(run, path))]
+        for picture in pictures(path, "svg"):
+            drawn = picture.read_text()
+            parts.append(f"<figure>{drawn[drawn.index('<svg') :]}</figure>")
+    title = "fused_rnn: benchmarks"
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f"<!doctype html><html lang='en'>{head}<h1>{title}</h1>" + "\n".join(parts) + "</html>\n"
 
 
 def update(readme: Path, text: str) -> None:
@@ -69,16 +163,21 @@ def update(readme: Path, text: str) -> None:
     readme.write_text(f"{head}{START}\n{text}\n{END}{tail}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("rows", type=Path, nargs="?", help="rows file (default: the newest)")
-    parser.add_argument("--update", type=Path, metavar="README", help="file with the markers")
-    arguments = parser.parse_args()
-    text = table(arguments.rows or results.newest())
+    parser.add_argument("--update", action="store_true", help="README.md and docs/benchmarks.md")
+    parser.add_argument("--html", type=Path, help="write one page for a browser")
+    arguments = parser.parse_args(argv)
+    if arguments.html:
+        arguments.html.write_text(html_page())
     if arguments.update:
-        update(arguments.update, text)
-    else:
-        print(text)
+        update(README, table(arguments.rows or results.newest()))
+        PAGE.write_text(page())
+    elif not arguments.html:
+        print(table(arguments.rows or results.newest()))
 
 
 if __name__ == "__main__":

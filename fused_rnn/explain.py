@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .backends import BACKENDS, Problem, choose, refusal, requested
+from .backends import BACKENDS, Problem, choose, how, refusal, requested
 from .cell_modules import CellModule
 from .sequence_module import SequenceModule
 
@@ -74,12 +74,11 @@ def explain(module: nn.Module, input: Any, hx: Any = None, **options: Any) -> Ex
     problem = module.describe(input, hx, **options)
     name = requested(module.backend)
     backend, why = choose(problem, name)
-    _, _, algorithm = name.partition(":")
     return Explanation(
         problem,
         name,
         backend.NAME,
         why,
-        backend.explain(problem, algorithm) if algorithm else backend.explain(problem),
+        how(backend, problem, name),
         {b.NAME: refusal(b, problem) or "can run this" for b in BACKENDS.values()},
     )

@@ -12,13 +12,12 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import char_lm
-import check
 import report
 import results
-import timing
-import workloads
-from results import Provenance, Row
-from timing import Turn
+
+from fused_rnn.bench import check, timing, workloads
+from fused_rnn.bench.rows import Provenance, Row, Writer, read
+from fused_rnn.bench.timing import Turn
 
 LOADED = workloads.load()
 ORIGIN = Provenance(
@@ -73,7 +72,7 @@ class FakeClock:
 
 
 def write(path: Path, *rows: Row) -> Path:
-    with results.Writer(path, ORIGIN) as writer:
+    with Writer(path, ORIGIN) as writer:
         for row in rows:
             writer.write(row)
     return path
@@ -101,10 +100,12 @@ def test_goal_shapes_are_small_workloads():
 
 
 def test_select_by_name_ignores_size_and_all_takes_everything():
-    chosen, left_out = workloads.select(LOADED, only="^awd")
-    assert [w.name for w in chosen] == ["awd-lstm"]
-    assert set(left_out.values()) == {"not matched by --only"}
+    chosen, left_out = workloads.select(LOADED, only=["awd-*", "gru-step"])
+    assert [w.name for w in chosen] == ["awd-lstm", "gru-step"]
+    assert left_out == {}
     assert workloads.select(LOADED, everything=True) == (LOADED, {})
+    with pytest.raises(ValueError, match=r"no workload 'nosuch'.*awd-lstm"):
+        workloads.select(LOADED, only=["nosuch"])
 
 
 @pytest.mark.parametrize(
@@ -276,24 +277,24 @@ def test_all_forms_of_the_check_compare_every_gradient():
 
 def test_rows_survive_the_file(tmp_path):
     rows = [ROW, replace(ROW, threads=2, counts=False, peak_kib=None)]
-    assert results.read(write(tmp_path / "rows.csv", *rows)) == (rows, ORIGIN)
+    assert read(write(tmp_path / "rows.csv", *rows)) == (rows, ORIGIN)
 
 
 def test_rows_are_in_the_file_before_it_is_closed(tmp_path):
-    with results.Writer(tmp_path / "rows.csv", ORIGIN) as writer:
+    with Writer(tmp_path / "rows.csv", ORIGIN) as writer:
         writer.write(ROW)
-        assert results.read(tmp_path / "rows.csv")[0] == [ROW]
+        assert read(tmp_path / "rows.csv")[0] == [ROW]
 
 
 def test_a_writer_that_appends_goes_on_behind_whole_lines(tmp_path):
     path = write(tmp_path / "rows.csv", ROW)
     path.write_text(path.read_text() + "lstm-128-16-64,lstm,T1")
-    with results.Writer(path, ORIGIN, append=True) as writer:
+    with Writer(path, ORIGIN, append=True) as writer:
         writer.write(replace(ROW, threads=2))
-    assert results.read(path)[0] == [ROW, replace(ROW, threads=2)]
+    assert read(path)[0] == [ROW, replace(ROW, threads=2)]
     path.write_text("other,columns\n")
     with pytest.raises(ValueError, match="other columns"):
-        results.Writer(path, ORIGIN, append=True)
+        Writer(path, ORIGIN, append=True)
 
 
 def test_newest_is_the_last_complete_run(tmp_path):

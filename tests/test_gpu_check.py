@@ -28,6 +28,7 @@ import results
 from gpu_run import Check, Finished, Outcome
 
 from fused_rnn.backends import triton
+from fused_rnn.bench import rows
 from fused_rnn.plan import KNOWN_DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +118,7 @@ def test_without_git_the_commit_is_unknown_unless_it_is_named(tmp_path, monkeypa
         monkeypatch.setenv("FUSED_RNN_COMMIT", named)
         assert go(tmp_path, {"build": passing}) == 0
         assert state(tmp_path)["build"]["commit"].startswith(named or "unknown")
-        assert results.git_commit() == (named or "unknown")
+        assert rows.git_commit() == (named or "unknown")
 
 
 def test_one_piece_by_name_leaves_the_others_as_they_were(tmp_path, capsys):
@@ -199,12 +200,13 @@ def house(tmp_path, monkeypatch):
     root = tmp_path / "house"
     for name in (
         *("setup.py", "csrc/cuda/a.cuh", "csrc/__pycache__/a.pyc", "fused_rnn/a.py"),
-        *("fused_rnn/a.so", "fused_rnn/backends/tuning.csv", "tests/test_a.py"),
+        *("fused_rnn/a.so", "fused_rnn/backends/tuning.csv", "fused_rnn/bench/timing.py"),
+        "tests/test_a.py",
         *("benchmarks/gpu_sanitize.py", "benchmarks/micro/planted_errors.cu"),
     ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text("1")
-    monkeypatch.setattr(results, "ROOT", root / "benchmarks")
+    monkeypatch.setattr(rows, "PACKAGE", root / "fused_rnn")
     return root
 
 
@@ -238,6 +240,7 @@ def test_a_piece_goes_on_with_what_it_found_also_when_results_were_committed(hou
         ("setup.py", {"build", "test", "sanitize"}),
         ("csrc/cuda/a.cuh", {"build", "test", "sanitize"}),
         ("fused_rnn/a.py", {"build", "test", "sanitize"}),
+        ("fused_rnn/bench/timing.py", set()),
         ("fused_rnn/backends/tuning.csv", {"test"}),
         ("tests/test_a.py", {"test"}),
         ("benchmarks/gpu_sanitize.py", {"sanitize"}),

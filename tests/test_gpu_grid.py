@@ -23,10 +23,12 @@ import gpu_points
 import gpu_rows
 import gpu_summary
 import results
-import workloads
 from gpu_grid import TORCH, Bench, GpuRow
 
-ORIGIN = gpu_rows.GpuProvenance(
+from fused_rnn.bench import workloads
+from fused_rnn.bench.rows import Provenance, Writer, git_commit, source_hash
+
+ORIGIN = Provenance(
     date="2026-01-02T03:04:05+00:00",
     commit="0123456789ab",
     device="Some GPU",
@@ -166,14 +168,14 @@ def test_a_line_that_was_cut_is_measured_again(tmp_path):
     _, rows = run(tmp_path, [LSTM])
     assert [row.provider for row in rows] == [TORCH, TORCH, "ours"]
     with path.open(newline="") as file:
-        assert all(len(line) == len(rows[0].__dict__) + 11 for line in csv.reader(file))
+        assert all(len(line) == len(rows[0].__dict__) + 12 for line in csv.reader(file))
 
 
 def test_a_file_with_other_columns_is_not_appended_to(tmp_path):
     (tmp_path / "grid.csv").write_text("cell,ms\nlstm,1\n")
     with (
         pytest.raises(ValueError, match="other columns"),
-        results.Writer(tmp_path / "grid.csv", ORIGIN, GpuRow, append=True),
+        Writer(tmp_path / "grid.csv", ORIGIN, GpuRow, append=True),
     ):
         pass
     assert (tmp_path / "grid.csv").read_text() == "cell,ms\nlstm,1\n"
@@ -364,8 +366,8 @@ def test_the_command_runs_without_a_gpu_on_tiny_sizes(tmp_path, capsys, monkeypa
     ]
     assert lines[1]["backend"] == "reference"
     assert lines[1]["algorithm"]
-    assert lines[0]["commit"] == results.git_commit()
-    assert lines[0]["sources"] == results.source_hash()
+    assert lines[0]["commit"] == git_commit()
+    assert lines[0]["sources"] == source_hash()
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -443,9 +445,9 @@ def test_the_summary_tells_means_losses_and_anchors(tmp_path):
         row("cuda", p50=None, status="out of memory", point=POINTS[1]),
     ]
     old = replace(ORIGIN, sources="old")
-    with results.Writer(tmp_path / "grid.csv", old, GpuRow) as writer:
+    with Writer(tmp_path / "grid.csv", old, GpuRow) as writer:
         writer.write(row("cuda", 99.0))
-    with results.Writer(tmp_path / "grid.csv", ORIGIN, GpuRow, append=True) as writer:
+    with Writer(tmp_path / "grid.csv", ORIGIN, GpuRow, append=True) as writer:
         for each in rows:
             writer.write(each)
     text = gpu_summary.summary(tmp_path)

@@ -18,7 +18,10 @@ for, and its ``layer`` takes ``algorithm=``, their number from 1 on.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+from functools import lru_cache
 from types import ModuleType
 from typing import NamedTuple
 
@@ -218,4 +221,27 @@ def select(problem: Problem, name: str = "auto") -> ModuleType:
         RuntimeError: the named backend is unavailable or cannot run the problem. An explicit
             choice never falls back.
     """
-    return choose(problem, name)[0]
+    backend, why = choose(problem, name)
+    if LOG and not problem.compiling:
+        _log(problem, name, backend, why)
+    return backend
+
+
+def how(backend: ModuleType, problem: Problem, name: str) -> str:
+    """What ``backend`` does for ``problem`` under the request ``name``."""
+    _, _, wanted = name.partition(":")
+    return backend.explain(problem, wanted) if wanted else backend.explain(problem)
+
+
+LOG = os.environ.get("FUSED_RNN_LOG", "0") not in ("", "0")
+if LOG:
+    logging.getLogger("fused_rnn").addHandler(logging.StreamHandler())
+    logging.getLogger("fused_rnn").setLevel(logging.INFO)
+
+
+@lru_cache(maxsize=4096)
+def _log(problem: Problem, name: str, backend: ModuleType, why: str) -> None:
+    """Says once what runs a problem: one of the same shape, dtype and options is the same."""
+    asked = " ".join(f"{k}={v}" for k, v in problem._asdict().items() if v not in (False, ()))
+    lines = (f"{backend.NAME} runs {asked}", f"why: {why}", f"how: {how(backend, problem, name)}")
+    logging.getLogger("fused_rnn").info("\n".join(lines).replace("\n", "\n    "))

@@ -9,6 +9,7 @@ which triples the cost of a turn, so the clock is read here.)
 
 import ctypes
 import gc
+import os
 import statistics
 import sys
 import time
@@ -24,6 +25,8 @@ SAMPLE_S = 2e-3
 SPEEDUP_THAT_COUNTS = 1.3
 """Two threads are two cores only where the calibration sgemm gains at least this much."""
 CALIBRATION_SIZE = 384
+COPY_BYTES = (64 << 20, 512 << 20)
+"""Least and most bytes of the copy that measures memory; between them twice the cache."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,12 @@ def _sample(turn: Turn, calls: int, clock: Callable[[], float]) -> float:
         return (clock() - start) / calls
 
 
+def wall_clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def median_ratio(slow: list[float], fast: list[float]) -> float:
     """Median over the repeats of ``slow / fast``: above 1 where the second is the faster."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
@@ -147,6 +156,48 @@ def calibration(
 
 def calibration_gflops(seconds: list[float], size: int = CALIBRATION_SIZE) -> float:
     return 2e-9 * size**3 / statistics.median(seconds)
+
+
+def cache_bytes() -> int:
+    """The largest cache of the CPU as the C library knows it, 32 MiB where it does not."""
+    names = [f"SC_LEVEL{level}_CACHE_SIZE" for level in (2, 3)]
+    sizes = [os.sysconf(name) for name in names if name in os.sysconf_names]
+    return max([0, *sizes]) or 32 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine gives beside products: 10⁹ bytes a second, read and written, of a copy that no
+    cache holds; on a GPU also the µs from one kernel's launch to the next one's, and of a launch
+    that is waited for."""
+
+    copy_gb_s: float
+    launch_us: float | None = None
+    sync_us: float | None = None
+
+    @classmethod
+    def of(cls, device: str, repeats: int = 5) -> "Rates":
+        """Measures them, on as many threads as torch may use."""
+        size = min(max(COPY_BYTES[0], 2 * cache_bytes()), COPY_BYTES[1])
+        source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+        measure = CudaStopwatch() if device == "cuda" else wall_clock
+        seconds = [measure(lambda: target.copy_(source)) for _ in range(repeats + 1)][1:]
+        copied = 2e-9 * size / statistics.median(seconds)
+        if device != "cuda":
+            return cls(copied)
+        one = torch.zeros(1, device=device)
+
+        def launch(times: int) -> None:
+            for _ in range(times):
+                one.add_(1)
+
+        def wait() -> None:
+            launch(1)
+            torch.cuda.synchronize()
+
+        launches = [measure(lambda: launch(1000)) / 1000 for _ in range(repeats)]
+        waits = [wall_clock(wait) for _ in range(100)]
+        return cls(copied, *(1e6 * statistics.median(values) for values in (launches, waits)))
 
 
 def counts(threads: int, single: list[float], these: list[float]) -> bool:

@@ -5,19 +5,22 @@ D directions.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import tomllib
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 FILE = Path(__file__).with_name("workloads.toml")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
+LENGTHS = (None, "full", "uniform", "zipf")
 PASSES = {"train": ("forward", "train"), "infer": ("forward",), "step": ("step",)}
 SMALL_GFLOP = 15.0
 """One call of a small workload: a fifth of a second or less on one core of a present-day server,
@@ -57,10 +60,8 @@ class Workload:
             raise ValueError(f"{self.name}: unknown cell {self.cell!r}, expected one of {[*GATES]}")
         if self.mode not in PASSES:
             raise ValueError(f"{self.name}: unknown mode {self.mode!r}, expected {[*PASSES]}")
-        if self.lengths not in (None, "uniform", "zipf"):
-            raise ValueError(
-                f"{self.name}: unknown lengths {self.lengths!r}, expected uniform, zipf"
-            )
+        if self.lengths not in LENGTHS:
+            raise ValueError(f"{self.name}: unknown lengths {self.lengths!r}, expected {LENGTHS}")
         if self.mode == "step" and (self.T, self.L, self.D) != (1, 1, 1):
             raise ValueError(f"{self.name}: a step is one layer, one direction and T = 1")
 
@@ -79,7 +80,7 @@ class Workload:
 
     def sequence_lengths(self) -> Tensor:
         """The same lengths in every run; the longest is T, so that T means the same everywhere."""
-        if self.lengths is None:
+        if self.lengths in (None, "full"):
             return torch.full((self.N,), self.T)
         weights = (
             torch.ones(self.T) if self.lengths == "uniform" else 1 / torch.arange(1, self.T + 1)
@@ -90,18 +91,33 @@ class Workload:
         lengths[self.N // 2] = self.T
         return lengths
 
-    def gflop(self, kind: str) -> float:
-        """The matrix products of one call, in 10⁹ operations. Backward has two for each one of
-        forward, but none for the gradient of the input."""
+    @property
+    def _weights(self) -> int:
+        """Entries of all weights: a row of input is multiplied once by each."""
         R, gates = self.P or self.H, GATES[self.cell] * self.H
-        rows = int(self.sequence_lengths().sum())
-        macs = 0
-        for layer in range(self.L):
-            width = self.I if layer == 0 else R * self.D
-            macs += self.D * ((width + R) * gates + self.P * self.H)
+        widths = [self.I] + (self.L - 1) * [R * self.D]
+        return sum(self.D * ((width + R) * gates + self.P * self.H) for width in widths)
+
+    def gflop(self, kind: str, *, input_gradient: bool = False) -> float:
+        """The matrix products of one call, in 10⁹ operations. Backward has two for each one of
+        forward, but by default none for the gradient of the input."""
+        macs = self._weights
         if kind == "train":
-            macs = 3 * macs - self.D * self.I * gates
-        return 2e-9 * rows * macs
+            macs *= 3
+            if not input_gradient:
+                macs -= self.D * self.I * GATES[self.cell] * self.H
+        return 2e-9 * int(self.sequence_lengths().sum()) * macs
+
+    def mbyte(self, kind: str, size: int, *, input_gradient: bool = False) -> float:
+        """The least that one call moves to and from memory, in 10⁶ bytes, at ``size`` bytes a
+        number: input, weights and output, in a backward the three again with the gradients of
+        weights and output. What a layer gives the next may stay in a cache."""
+        rows = int(self.sequence_lengths().sum())
+        x, y, weights = rows * self.I, rows * (self.P or self.H) * self.D, self._weights
+        numbers = x + y + weights
+        if kind == "train":
+            numbers += x + 2 * y + 2 * weights + (x if input_gradient else 0)
+        return 1e-6 * size * numbers
 
     def packed_gigabytes(self) -> float:
         """What torch.nn writes in one backward of packed input: it slices the gates of every step
@@ -123,9 +139,40 @@ class Workload:
 
 
 def load(path: Path = FILE) -> list[Workload]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
     with path.open("rb") as file:
         table = tomllib.load(file)
     return [Workload(name=name, **entry) for name, entry in table.items()]
+
+
+def square(cell: str, H: int, N: int, T: int, **more: Any) -> Workload:
+    """A workload to train with, I = H unless ``more`` says otherwise."""
+    name = "-".join([cell, *map(str, (T, N, H)), *(f"{k}{v}" for k, v in more.items())])
+    given: dict[str, Any] = {"I": H, "H": H, "T": T, "N": N, **more}
+    return Workload(name, cell, mode="train", **given)
+
+
+def grid(cells: Iterable[str], axes: Iterable[str], kinds: Collection[str]) -> list[Workload]:
+    """Workloads of every combination of ``axes``, each ``"H=64,128"``: letters and their values.
+    Where ``kinds`` are passes that are wanted, ``"step"`` among them asks for single steps."""
+    values = {"T": [128], "N": [16], "H": [64]}
+    for axis in axes:
+        letter, _, numbers = axis.partition("=")
+        if letter not in tuple("TNIHLDP") or not re.fullmatch(r"\d+(,\d+)*", numbers):
+            raise ValueError(f"{axis!r} is no axis: expected a letter of TNIHLDP, as in H=64,128")
+        values[letter] = [int(number) for number in numbers.split(",")]
+    found = []
+    for cell in cells:
+        for sizes in product(*values.values()):
+            w = square(cell, **dict(zip(values, sizes, strict=True)))
+            if set(kinds) != {"step"}:
+                found.append(w)
+            if "step" in kinds:
+                found.append(replace(w, name=f"{cell}-step-{w.N}-{w.H}", T=1, mode="step"))
+    return list(dict.fromkeys(found))
 
 
 def make_module(namespace: ModuleType, w: Workload, **options: Any) -> nn.Module:
@@ -153,7 +200,7 @@ def make_module(namespace: ModuleType, w: Workload, **options: Any) -> nn.Module
 class Case:
     """A provider's module with its inputs; :meth:`forward`, :meth:`train` and :meth:`step` are
     what is timed, :meth:`results` what is compared. What is timed leaves the input without
-    gradient, as data has none; what is compared asks for it too."""
+    gradient, as data has none, unless ``input_gradient``; what is compared asks for it too."""
 
     module: nn.Module
     input: Tensor | PackedSequence
@@ -161,6 +208,7 @@ class Case:
     leaves: dict[str, Tensor]
     draw: Callable[[torch.Size], Tensor]
     cotangents: list[Tensor] = field(default_factory=list)
+    input_gradient: bool = False
 
     @property
     def data(self) -> Tensor | PackedSequence:
@@ -175,6 +223,9 @@ class Case:
     step = forward
 
     def train(self) -> tuple[Tensor, ...]:
+        if self.input_gradient:
+            outputs = flatten(self.module(self.input, self.states))
+            return self._backward(outputs, [*self.leaves.values()])
         leaves = [leaf for name, leaf in self.leaves.items() if name != "input"]
         return self._backward(flatten(self.module(self.data, self.states)), leaves)
 
@@ -182,6 +233,13 @@ class Case:
         if not self.cotangents:
             self.cotangents = [self.draw(output.shape) for output in outputs]
         return torch.autograd.grad(outputs, leaves, self.cotangents)
+
+    def another(self) -> "Case":
+        """The same with input elsewhere in memory, of other values."""
+        data = self.leaves["input"].detach().flip(-1).requires_grad_()
+        packed = isinstance(self.input, PackedSequence)
+        input = PackedSequence(data, *self.input[1:]) if packed else data
+        return replace(self, input=input, leaves=self.leaves | {"input": data})
 
     def call(self, kind: str) -> Callable[[], Any]:
         return {"forward": self.forward, "train": self.train, "step": self.step}[kind]
@@ -300,16 +358,21 @@ def largest_sign(value: Tensor) -> Tensor:
 
 
 def select(
-    workloads: list[Workload], *, only: str | None = None, everything: bool = False
+    workloads: list[Workload], *, only: Iterable[str] = (), everything: bool = False
 ) -> tuple[list[Workload], dict[str, str]]:
-    """What to run, and what is left out with the reason. A name that ``only`` matches is wanted
-    whatever its size."""
+    """What to run, and what is left out with the reason. What one of the patterns ``only`` (such as
+    ``"lstm-*"``) matches is wanted whatever its size."""
+    wanted = [*only]
+    for pattern in wanted:
+        if not any(fnmatchcase(w.name, pattern) for w in workloads):
+            names = ", ".join(w.name for w in workloads)
+            raise ValueError(f"there is no workload {pattern!r}: expected some of {names}")
     chosen: list[Workload] = []
     left_out: dict[str, str] = {}
     for w in workloads:
-        if only and not re.search(only, w.name):
-            left_out[w.name] = "not matched by --only"
-        elif w.why_large and not everything and not only:
+        if wanted and not any(fnmatchcase(w.name, pattern) for pattern in wanted):
+            continue
+        if w.why_large and not everything and not wanted:
             left_out[w.name] = w.why_large
         else:
             chosen.append(w)

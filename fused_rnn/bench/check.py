@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from workloads import GATES, Case, Workload, make_cases
+
+from .workloads import GATES, Case, Workload, make_cases
 
 FACTOR = 2
 ULPS = 8
@@ -93,7 +94,7 @@ def compare(
 def compare_cases(where: str, cases: dict[str, Case], kind: str) -> list[Comparison]:
     """Compares every result of the cases ``fused_rnn``, ``torch`` and ``oracle``."""
     results = {name: case.results(kind) for name, case in cases.items()}
-    return compare_results(where, *(results[name] for name in ("fused_rnn", "torch", "oracle")))
+    return compare_results(where, results["fused_rnn"], results["torch"], results["oracle"])
 
 
 def compare_results(
