@@ -5,21 +5,26 @@ from textwrap import dedent, indent
 from typing import Any
 
 import griffe
+from latex2mathml.converter import convert
 
 MATH = re.compile(r"^( *)\.\. math::\n\n?((?:\1 +.*\n|\n)+)", re.MULTILINE)
 ROLE = re.compile(r":(?!math)\w+:`~?([^`]+)`")
 
 
 def markdown(text: str) -> str:
-    """Roles become code, formulas what MathJax reads."""
+    """Roles become code, formulas what browsers show by themselves."""
+
+    # Of a \\begin{aligned} the converter knows only the older name.
+    text = text.replace("{aligned}", "{split}")
 
     def formula(found: re.Match[str]) -> str:
-        # One paragraph: a blank line would end it.
-        lines = [line for line in dedent(found[2]).splitlines() if line.strip()]
-        return indent("\n".join(["$$", *lines, "$$", "", ""]), found[1])
+        return (
+            indent(convert(" ".join(dedent(found[2]).split()), display="block"), found[1]) + "\n\n"
+        )
 
     text = MATH.sub(formula, text + "\n")
-    return ROLE.sub(r"`\1`", re.sub(r":math:`([^`]+)`", r"$\1$", text)).rstrip()
+    text = re.sub(r":math:`([^`]+)`", lambda found: convert(found[1]), text)
+    return ROLE.sub(r"`\1`", text).rstrip()
 
 
 class Markdown(griffe.Extension):
