@@ -8,7 +8,7 @@ from mkdocs.structure.files import File, Files
 
 HOUSE = Path(__file__).resolve().parents[1]
 PICTURE = re.compile(r"\]\(\.\./(benchmarks/results/[^)]+\.png)\)")
-OUTSIDE = re.compile(r"\[([^]]+)\]\(\.\./((?:benchmarks|tests|csrc)/[^)#]+)[^)]*\)")
+OUTSIDE = re.compile(r"\[([^]]+)\]\(\.\./((?:benchmarks|tests|csrc)/[^)#]+|README\.md)[^)]*\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
