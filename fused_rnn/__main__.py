@@ -75,6 +75,7 @@ def _self_test() -> Iterator[tuple[str, str, bool]]:
                 providers, options = {"fused_rnn": fused_rnn, "torch": nn}, {"backend": name}
                 cases = make_cases(w, providers, options={"fused_rnn": options}, device=device)
                 case = cases["fused_rnn"]
+                # mypy takes an attribute of an nn.Module for a tensor or a module.
                 problem = case.module.describe(case.input)  # type: ignore[operator]
                 if backend.supports(problem) is not None:
                     break

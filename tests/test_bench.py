@@ -343,6 +343,7 @@ def test_a_budget_is_spent_on_the_first_thread_count_first(
 def test_an_installation_has_every_file_that_it_needs():
     tomllib = pytest.importorskip("tomllib")
     house = rows.PACKAGE.parent
+    # Its subject is the list of files in pyproject.toml, which no installation carries.
     if not (house / "pyproject.toml").exists():
         pytest.skip("this is an installation itself")
     with (house / "pyproject.toml").open("rb") as file:

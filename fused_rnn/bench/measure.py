@@ -186,6 +186,7 @@ class Bench:
                 case = entry.case
                 if other:
                     case = entry.provider.case(w, arithmetic.dtype, self.device)
+                # Only entries that have a case come here.
                 found = case.results(kind)  # type: ignore[union-attr]
                 told = expected[TORCH], expected["oracle"]
                 compared = check.compare_results(entry.name, found, *told, arithmetic.eps)

@@ -69,6 +69,7 @@ class Line:
             int | None: lambda text: int(text) if text else None,
             float | None: lambda text: float(text) if text else None,
         }
+        # Every subclass is a dataclass, which mypy cannot know of this base; below likewise.
         here = [f for f in fields(cls) if f.name in line]  # type: ignore[arg-type]
         return cls(**{f.name: convert[f.type](line[f.name]) for f in here})
 
