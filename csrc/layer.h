@@ -38,6 +38,7 @@ struct Layer {
   const int32_t* rows;     // [T, N] or null
   const void* h_mask;      // io [N, R] or null: what h is multiplied by on its way into the product
   const uint8_t* keep;     // [T, N, R + (S-1)*H] or null: where not 0, a state stays as it was
+  const void* keep_share;  // carry [R + (S-1)*H] or null: how much of a state stays as it was
   int64_t algorithm;       // that has to run, by its number in plan.h; 0: the device chooses
   bool tf32;               // float32 may be multiplied in TF32
 };

@@ -155,8 +155,11 @@ struct Problem {
     layer.rows = static_cast<const int32_t*>(hold(rows));
     layer.h_mask = hold(operands.get("h_mask", options.h_mask, {layer.N, layer.R}, io));
     const int64_t states = layer.R + (cell.states - 1) * layer.H;
-    layer.keep = static_cast<const uint8_t*>(
-        hold(operands.get("keep", options.keep, {layer.T, layer.N, states}, ScalarType::Byte)));
+    if (options.keep && options.keep->scalar_type() != ScalarType::Byte)
+      layer.keep_share = hold(operands.get("keep", options.keep, {states}, carry, true));
+    else
+      layer.keep = static_cast<const uint8_t*>(
+          hold(operands.get("keep", options.keep, {layer.T, layer.N, states}, ScalarType::Byte)));
   }
 
   int64_t gates() const { return cell.gates * layer.H; }
@@ -212,6 +215,8 @@ BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wa
   Problem p(device, cell, inputs, reverse, options);
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R, I = p.layer.I;
   const Operands& operands = p.operands;
+  STD_TORCH_CHECK(!p.layer.keep_share,
+                  "fused_rnn: there is no backward where keep is a share of each state");
 
   BackwardArgs args{};
   static_cast<Layer&>(args) = p.layer;

@@ -115,7 +115,10 @@ def rnn(
             if loop is not None:
                 entering = loop.enter(entering, k, reverse)
                 keywords["control"] = loop.control(reverse)
-                keywords["h_mask"] = loop.h_mask(weights[k].w_hh.size(1), problem.dtype)
+                recurrent, hidden = weights[k].w_hh.size(1), problem.H
+                keywords["h_mask"] = loop.h_mask(recurrent, problem.dtype)
+                widths = (recurrent, hidden)[: cell.states]
+                keywords["keep"] = loop.keep(widths, carry_dtype(problem.dtype))
             h, c, final = _layer(
                 chosen, cell, input, entering, weights[k], reverse=reverse, rows=rows, **keywords
             )

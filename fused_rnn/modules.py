@@ -42,6 +42,9 @@ class RNN(SequenceModule):
             2016). Default: 0
         weight_dropout: probability that an element of ``weight_hh`` is zeroed, in training, and
             scaled likewise; drawn for each call (DropConnect, as in Merity et al. 2017). Default: 0
+        zoneout: probability p that a unit of the state stays what it was before the step, in
+            training, drawn for each step; in evaluation the state is p times what it was and 1 - p
+            times what it would become (Krueger et al. 2017). Default: 0
 
     Inputs: input, h_0
         - **input** ``[T,N,I]``, ``[T,I]``, a ``PackedSequence``, or ``[N,j,I]`` of jagged layout
@@ -120,8 +123,8 @@ class LSTM(SequenceModule):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout: as
-            for :class:`RNN`.
+            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout,
+            zoneout: as for :class:`RNN`; ``zoneout`` may be a pair, for h and for c.
         proj_size: P, the size of h if not H. Default: 0, no projection
         forget_bias: what ``b_ih`` and ``b_hh`` of the forget gate add up to at first; the first is
             set to it, the second to 0. Default: ``None``, both drawn as torch.nn's
@@ -164,6 +167,7 @@ class LSTM(SequenceModule):
         learn_initial_state: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         forget_bias: float | None = None,
     ) -> None:
         if forget_bias is not None and not bias:
@@ -186,6 +190,7 @@ class LSTM(SequenceModule):
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
+            zoneout=zoneout,
         )
 
     def get_expected_cell_size(
@@ -237,8 +242,8 @@ class GRU(SequenceModule):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout: as
-            for :class:`RNN`.
+            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout,
+            zoneout: as for :class:`RNN`.
 
     Inputs, outputs, raises: as for :class:`RNN`.
 

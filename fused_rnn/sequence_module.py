@@ -30,6 +30,7 @@ OPTIONS = (
     "forget_bias",
     "recurrent_dropout",
     "weight_dropout",
+    "zoneout",
 )
 
 
@@ -54,6 +55,7 @@ class SequenceModule(RNNBase):
     forget_bias: float | None = None
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
     _expected_input = "Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -65,11 +67,14 @@ class SequenceModule(RNNBase):
         learn_initial_state: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
         **kwargs: Any,
     ) -> None:
         check_name(backend)
         check_probability("recurrent_dropout", recurrent_dropout)
         check_probability("weight_dropout", weight_dropout)
+        for p in zoneout if mode == "LSTM" and isinstance(zoneout, tuple) else (zoneout,):
+            check_probability("zoneout", p)
         if direction not in ("forward", "reverse"):
             raise ValueError(f"direction must be 'forward' or 'reverse', got {direction!r}")
         super().__init__(mode, *args, **kwargs)
@@ -80,6 +85,7 @@ class SequenceModule(RNNBase):
         self.learn_initial_state = learn_initial_state
         self.recurrent_dropout = recurrent_dropout
         self.weight_dropout = weight_dropout
+        self.zoneout = zoneout
         if learn_initial_state:
             like: Any = self.weight_hh_l0
             blocks = len(self._all_weights)
@@ -225,19 +231,20 @@ class SequenceModule(RNNBase):
         else:
             states = state if self._has_cell_state else (state,)
             self._check_step_state(state, states)
-        if self.proj_size:
-            # There is no cell with a projection: a sequence of one step.
+        if self.proj_size or self.zoneout:
+            # There is no cell with either: a sequence of one step.
             self._check(x.unsqueeze(1 if self.batch_first else 0), state, None, weights[0].w_ih)
             y, final, _ = functional.rnn(
                 cell,
                 x.unsqueeze(0),
                 states,
                 weights,
+                options=Options(zoneout=self._zoneout, training=self.training),
                 dropout=self.dropout,
                 training=self.training,
                 backend=self.backend,
             )
-            return y.squeeze(0), final
+            return y.squeeze(0), final if self._has_cell_state else final[0]
         layers = []
         for k, w in enumerate(weights):
             if k and self.dropout and self.training:
@@ -293,7 +300,7 @@ class SequenceModule(RNNBase):
                 batch = data.size(1) if batch_sizes is None else int(batch_sizes[0])
             states = self._start(batch)
         options = None
-        special = self.direction == "reverse" or self._is_regularised
+        special = self.direction == "reverse" or self._is_regularised or self.zoneout != 0
         if asked is not None or rows is not None or special:
             options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
@@ -305,6 +312,7 @@ class SequenceModule(RNNBase):
             options = options._replace(
                 recurrent_dropout=self.recurrent_dropout, weight_dropout=self.weight_dropout
             )
+        options = options._replace(zoneout=self._zoneout, training=self.training)
         if options.return_cell_states and not self._has_cell_state:
             raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
         layout = "dense"
@@ -358,6 +366,12 @@ class SequenceModule(RNNBase):
     @property
     def _is_regularised(self) -> bool:
         return self.training and (self.recurrent_dropout > 0 or self.weight_dropout > 0)
+
+    @property
+    def _zoneout(self) -> tuple[float, ...]:
+        """Its probability for each state; empty where all are 0."""
+        p = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
+        return p[: self._cell.states] if any(p) else ()
 
     @property
     def _has_cell_state(self) -> bool:

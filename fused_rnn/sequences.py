@@ -44,6 +44,8 @@ class Options(NamedTuple):
         recurrent_dropout: probability that a unit of h is zeroed, for a whole sequence, on its way
             into the recurrent product.
         weight_dropout: probability that an element of a recurrent weight is zeroed.
+        zoneout: for each state the probability that a unit stays what it was. Empty: 0
+        training: whether zoneout draws; without, each unit stays by its share.
     """
 
     lengths: Tensor | None = None
@@ -57,6 +59,8 @@ class Options(NamedTuple):
     initial: States | None = None
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    zoneout: tuple[float, ...] = ()
+    training: bool = False
 
     def given(self) -> dict[str, Any]:
         """What differs from the defaults, by name."""
@@ -101,6 +105,8 @@ class Options(NamedTuple):
         asked = {
             "control": inside,
             "h_mask": self.recurrent_dropout > 0,
+            "keep": bool(self.zoneout) and self.training,
+            "keep_share": bool(self.zoneout) and not self.training,
             "cell_states": self.return_cell_states,
             "last_step": self.last_step_only,
             "reverse": self.reverse,
@@ -200,6 +206,24 @@ class Loop:
             torch.ones(self.batch, width, dtype=dtype, device=self.device), p, True
         )
 
+    def keep(self, widths: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The op's ``keep``: drawn anew ``[T,N,R]`` (LSTM: ``R+H``), or shares ``[R]`` (``R+H``).
+
+        Args:
+            widths: of the states.
+            dtype: in which they are carried.
+        """
+        if not self.options.zoneout:
+            return None
+        pairs = zip(self.options.zoneout, widths, strict=True)
+        shares = torch.cat([torch.full((width,), p, dtype=dtype) for p, width in pairs])
+        shares = shares.to(self.device)
+        if not self.options.training:
+            return shares
+        shape = (self.steps, self.batch, sum(widths))
+        keep = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        return keep.bernoulli_(shares.float())  # the same draws in every dtype
+
     def enter(self, states: States | None, layer: int, reverse: bool) -> States | None:
         """The states with which the op begins, from the caller's."""
         return states
@@ -283,6 +307,14 @@ class Episodes(Loop):
         """All episodes of a sequence have its mask."""
         mask = super().h_mask(width, dtype)
         return mask if mask is None else mask[self.sequence]
+
+    def keep(self, widths: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """An episode has what was drawn for its steps."""
+        keep = super().keep(widths, dtype)
+        if keep is None or keep.dim() == 1:
+            return keep
+        assert self.rows is not None
+        return keep.flatten(0, 1)[self.rows.clamp(min=0).long()]
 
     def enter(self, states: States | None, layer: int, reverse: bool) -> States:
         assert self.options.initial is not None

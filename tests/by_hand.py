@@ -4,6 +4,7 @@ One sequence, one layer, one direction, one step after the other, in the equatio
 documentation. It knows nothing of ``control`` or ``rows``.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,8 +39,12 @@ def forward(
     reset: Tensor | None = None,
     padding_value: float = 0.0,
     tbptt: int | None = None,
+    zoned: Callable[..., list[Tensor]] | None = None,
 ) -> tuple[Tensor, Any, Tensor | None]:
-    """Output, final state and the last layer's cell states; tensors as the module has them."""
+    """Output, final state and the last layer's cell states; tensors as the module has them.
+
+    ``zoned(k, t, n, before, after)`` is what zoneout makes of a state.
+    """
     parameters = dict(module.named_parameters())
     if module.batch_first:
         input = input.transpose(0, 1)
@@ -72,7 +77,9 @@ def forward(
                         state = [s.detach() for s in state]
                     if reset is not None and border < end and reset[border, n]:
                         state = start
-                    state = one_step(module.mode, columns[n][t], state, w)
+                    before, state = state, one_step(module.mode, columns[n][t], state, w)
+                    if zoned is not None:
+                        state = zoned(k, t, n, before, state)
                     for at, value in enumerate(state):
                         shown[n][t][at].append(value)
                 finals[-1].append(state)

@@ -63,6 +63,11 @@ class Problem:
         return self.operands["x"].dtype
 
     @property
+    def differentiable(self) -> bool:
+        keep = self.options.get("keep")
+        return keep is None or not keep.is_floating_point()
+
+    @property
     def length(self) -> int:
         """Of the longest sum behind a value: over a product at each step, or over all rows."""
         return self.T * max(self.N, self.cell.gates * self.H)
@@ -106,6 +111,7 @@ def make_problem(
     product: bool = False,
     h_mask: bool = False,
     keep: bool = False,
+    share: bool = False,
 ) -> Problem:
     """Draw a problem.
 
@@ -118,6 +124,7 @@ def make_problem(
         product: leave the product of the input with ``w_ih`` to the layer.
         h_mask: recurrent dropout with probability 0.3.
         keep: zoneout of three elements in ten.
+        share: zoneout's form in evaluation, which has no backward.
     """
     T, N, H = shape
     spec, G, R = CELLS[cell], CELLS[cell].gates, P or H
@@ -156,6 +163,10 @@ def make_problem(
         options["h_mask"] = (torch.rand(N, R) < 0.7) / (1.0 if exact else 0.7)
     if keep:
         options["keep"] = (torch.rand(T, N, R + (spec.states - 1) * H) < 0.3).byte()
+    if share:
+        shares = torch.rand(R + (spec.states - 1) * H)
+        options["keep"] = shares.round() if exact else shares
+        options["cells"] = True
     return Problem(spec, T, N, H, operands, grads, options).to(dtype)
 
 
@@ -196,8 +207,9 @@ def torch_layer(
     w_hr: Tensor | None = None,
     h_mask: Tensor | None = None,
     keep: Tensor | None = None,
+    cells: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The layer by torch's own cells, all in the dtype of ``x``.
+    """The layer by torch's own cells, all in the dtype of ``x``; ``cells`` changes nothing.
 
     A cell multiplies its input by ``w_ih``; with the identity there it takes ``gx`` as it is.
     """
@@ -223,9 +235,12 @@ def torch_layer(
         hold = hold | ~live[t].unsqueeze(-1)
         entering = [torch.where(clear, 0.0, torch.where(cut, s.detach(), s)) for s in states]
         after = _torch_step(cell, padded[t], entering, weights, w_hr, h_mask)
-        if keep is not None:
-            kept = keep[t].bool().split([s.size(1) for s in states], -1)
-            after = list(map(torch.where, kept, entering, after))
+        widths = [s.size(1) for s in states]
+        if keep is not None and keep.dtype is torch.uint8:
+            after = list(map(torch.where, keep[t].bool().split(widths, -1), entering, after))
+        elif keep is not None:
+            stay = zip(keep.split(widths), entering, after, strict=True)
+            after = [share * old + (1 - share) * new for share, old, new in stay]
         shown.append([torch.where(hold, 0.0, s) for s in after])
         states = [torch.where(hold, old, new) for old, new in zip(states, after, strict=True)]
     if reverse:
@@ -294,9 +309,11 @@ def _pair(states: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def run(layer: Callable[..., Any], problem: Problem) -> dict[str, Tensor]:
-    """Outputs, final states and all gradients, by name."""
+    """Outputs, final states and, where there is a backward, all gradients, by name."""
     leaves = {
-        name: x.detach().requires_grad_() for name, x in problem.operands.items() if x is not None
+        name: x.detach().requires_grad_(problem.differentiable)
+        for name, x in problem.operands.items()
+        if x is not None
     }
     leaf_problem = replace(problem, operands=problem.operands | leaves)
     outputs = layer(*leaf_problem.arguments(), **leaf_problem.keywords())
@@ -304,6 +321,8 @@ def run(layer: Callable[..., Any], problem: Problem) -> dict[str, Tensor]:
         name: x for name, x in zip(("h", "c", "h_n", "c_n"), outputs, strict=True) if x is not None
     }
     assert named.keys() == problem.grads.keys()
+    if not problem.differentiable:
+        return named
     grads = [problem.grads[name].to(x.dtype) for name, x in named.items()]
     torch.autograd.backward(list(named.values()), grads)
     gradients = {

@@ -51,6 +51,12 @@ def test_outputs_and_gradients(case, layer):
     check(layer, make_problem(shape=(3, N, H), **case))
 
 
+@cases(cell=CELLS, dtype=(torch.bfloat16, torch.float16), control=(False, True))
+def test_a_share_of_each_state_stays(case, layer):
+    team(2)
+    check(layer, make_problem(shape=(3, 3, 33), share=True, **case))
+
+
 # Sixteen blocks; four and six tiles of units a warp in the backward, their weights in registers and
 # in shared memory; and with tiles of 16 rows.
 LARGE = {

@@ -56,6 +56,12 @@ def test_outputs_and_gradients(case, layer):
         assert build.grid_launches() == 2  # forward and backward
 
 
+@cases(cell=CELLS, dtype=(torch.bfloat16, torch.float16, torch.float32), control=(False, True))
+def test_a_share_of_each_state_stays(case, layer):
+    sms(5)
+    check(layer, make_problem(shape=(3, 3, 33), share=True, **case))
+
+
 # Blocks with as many units as kernels are compiled for; 8 or 16 rows of the batch; backward, lines
 # whose rows are five tiles. A warp has more of K than the two tiles that registers hold on the
 # emulator, each 16 of K: the rest stands in shared memory.

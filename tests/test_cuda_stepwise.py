@@ -96,6 +96,19 @@ def test_dropout_and_zoneout(case, layer):
 @cases(
     projects,
     cell=CELLS,
+    dtype=DTYPES,
+    P=(0, 19),
+    reverse=(False, True),
+    control=(False, True),
+    rows=("", "scattered"),
+)
+def test_a_share_of_each_state_stays(case, layer):
+    check(layer, make_problem(shape=(5, 3, 33), product=True, share=True, **case))
+
+
+@cases(
+    projects,
+    cell=CELLS,
     P=(0, 19),
     reverse=(False, True),
     control=(False, True),

@@ -62,6 +62,21 @@ def test_outputs_and_gradients(case):
 
 
 @cases(
+    fits,
+    cell=CELLS,
+    dtype=DTYPES,
+    shape=SHAPES,
+    P=(0, 1, 19),
+    reverse=(False, True),
+    control=(False, True),
+    rows=ROWS,
+    states=(False, True),
+)
+def test_a_share_of_each_state_stays(case):
+    check(layer, make_problem(share=True, **case))
+
+
+@cases(
     projects,
     cell=CELLS,
     shape=SHAPES[:4],
@@ -72,6 +87,7 @@ def test_outputs_and_gradients(case):
     states=(False, True),
     h_mask=(False, True),
     keep=(False, True),
+    share=(False, True),
 )
 def test_the_oracle_does_what_torchs_cells_do(case):
     problem = make_problem(dtype=torch.float64, **case)

@@ -1,18 +1,20 @@
 """Recurrent dropout and weight dropout: torch.nn's modules with weights that were masked by hand.
+Zoneout: the plainest loop.
 
 A mask on a sequence's h, on its way into the recurrent product, is one on the columns of the
 recurrent weight, for that sequence.
 """
 
+import by_hand
 import pytest
 import torch
-from devices import DEVICES
+from devices import DEVICES, native
 from numerics import HALF, grid
 from test_options import module_of
 from torch import nn
 from torch.func import functional_call
 from torch.testing import assert_close
-from twins import BACKEND_NAMES, MODULE_KINDS, H, I, P, mapped, step, tensors, twins
+from twins import BACKEND_NAMES, MODULE_KINDS, H, I, P, mapped, states, step, tensors, twins
 
 import fused_rnn
 
@@ -76,7 +78,105 @@ def test_it_is_torchs_module_with_masked_weights(
     assert_close(step(ours, input, hx), step(plain, input, hx))
 
 
-@grid(kind=MODULE_KINDS, regulariser=REGULARISERS, device=DEVICES, dtype=HALF)
+def zoneout_by_hand(module, p, training, draws):
+    """``zoned`` of :func:`by_hand.forward`: where ``draws`` ``[T,N,*]`` for a layer and direction
+    say so, or by shares."""
+
+    def zoned(k, t, n, before, after):
+        if training:
+            stays = draws[k][t, n].bool().split([s.numel() for s in after])
+            return list(map(torch.where, stays, before, after))
+        return [q * old + (1 - q) * new for q, old, new in zip(p, before, after, strict=False)]
+
+    return zoned
+
+
+@grid(
+    lambda kind, proj_size, **_: not proj_size or kind == "lstm",
+    kind=MODULE_KINDS, backend=("cpu", "reference", "auto"), device=DEVICES,
+    bidirectional=(False, True), given=(False, True), proj_size=(0, P), training=(True, False),
+    ragged=(False, True), reset=(False, True), pair=(False, True), learned=(False, True),
+)  # fmt: skip
+def test_zoneout_is_the_plainest_loops(
+    kind, backend, device, bidirectional, given, proj_size, training, ragged, reset, pair, learned
+):
+    p = (0.3, 0.6) if pair and kind == "lstm" else (RATE, RATE)
+    options = {"num_layers": 2, "bidirectional": bidirectional, "dtype": torch.float64}
+    options |= {"device": device} | ({"proj_size": proj_size} if proj_size else {})
+    options |= {"learn_initial_state": learned, "zoneout": p if pair and kind == "lstm" else RATE}
+    ours = module_of(kind, backend="auto", **options).train(training)
+    exact = {"dtype": torch.float64, "device": device}
+    hx = states(kind, ours, N, **exact) if given else None
+    input = torch.randn(T, N, I, **exact)
+    asked = {"lengths": [6, 2, 0, 5]} if ragged else {}
+    asked |= {"reset": torch.rand(T, N, device=device) < 0.3} if reset else {}
+
+    widths = sum((proj_size or H, H)[: len(list(tensors(ours(input)[1])))])
+    shares = torch.cat([torch.full((n,), q) for q, n in zip(p, (proj_size or H, H), strict=True)])
+    torch.manual_seed(7)
+    draws = [
+        torch.empty(T, N, widths, dtype=torch.uint8, device=device).bernoulli_(
+            shares[:widths].to(device)
+        )
+        for _ in range(4 if bidirectional else 2)
+    ]
+    zoned = zoneout_by_hand(ours, p, training, draws)
+
+    def theirs(input, hx):
+        output, state, _ = by_hand.forward(ours, input, hx, zoned=zoned, **asked)
+        return output, state
+
+    expected = step(ours, input, hx, call=theirs)
+    # The native loops have no backward in evaluation.
+    forward_only = not training and backend == "cpu"
+    with fused_rnn.use_backend(native(device) if backend == "cpu" else backend):
+        if forward_only:
+            with torch.no_grad():
+                found = {
+                    f"output {at}": x for at, x in enumerate(tensors(ours(input, hx, **asked)))
+                }
+            expected = {name: x for name, x in expected.items() if name in found}
+        else:
+            found = step(ours, input, hx, seed=7, call=lambda x, hx: ours(x, hx, **asked))
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", MODULE_KINDS)
+@pytest.mark.parametrize("proj_size", [0, P])
+def test_steps_with_zoneout_are_the_sequence(kind, proj_size):
+    options = {"proj_size": proj_size} if proj_size and kind == "lstm" else {}
+    gru = module_of(kind, num_layers=2, zoneout=RATE, dtype=torch.float64, **options).eval()
+    x, state, shown = torch.randn(T, N, I, dtype=torch.float64), None, []
+    with torch.no_grad():
+        for x_t in x:
+            y, state = gru.step(x_t, state)
+            shown.append(y)
+        output, final = gru(x)
+    assert_close(torch.stack(shown), output)
+    assert_close(list(tensors(state)), list(tensors(final)))
+
+
+def test_zoneout_says_where_it_runs():
+    lstm, x = fused_rnn.LSTM(I, H, zoneout=(0.1, 0.5)), torch.randn(T, N, I)
+    assert repr(lstm) == f"LSTM({I}, {H}, zoneout=(0.1, 0.5))"
+    assert str(fused_rnn.explain(lstm, x)).startswith("lstm on 'cpu'")
+    lstm.eval()
+    explained = str(fused_rnn.explain(lstm, x))
+    assert explained.startswith("lstm on 'reference'")
+    assert "backward in training only" in explained
+    with torch.no_grad():
+        assert str(fused_rnn.explain(lstm, x)).startswith("lstm on 'cpu'")
+    for name, reason in (("cpu", "backward in training only"), ("torch", "has no zoneout")):
+        with fused_rnn.use_backend(name), pytest.raises(RuntimeError, match=reason):
+            lstm(x)
+    lstm(x)[0].sum().backward()  # by the reference
+    with pytest.raises(ValueError, match="zoneout should be a number in range"):
+        fused_rnn.GRU(I, H, zoneout=(0.1, 0.5))
+    with pytest.raises(ValueError, match="cannot revert 0: its zoneout="):
+        fused_rnn.revert(nn.Sequential(lstm))
+
+
+@grid(kind=MODULE_KINDS, regulariser=(*REGULARISERS, "zoneout"), device=DEVICES, dtype=HALF)
 def test_seeds_decide(kind, regulariser, device, dtype):
     ours = module_of(kind, I, H, 2, device=device, dtype=dtype, **{regulariser: RATE})
     input = torch.randn(T, N, I, dtype=dtype, device=device)
@@ -129,7 +229,7 @@ def test_ragged_sequences_are_those_of_the_same_masks_alone(kind, packed):
         assert_close(output[:length, n : n + 1], alone[0])
 
 
-@pytest.mark.parametrize("regulariser", REGULARISERS)
+@pytest.mark.parametrize("regulariser", [*REGULARISERS, "zoneout"])
 def test_compiled_training(regulariser):
     ours = fused_rnn.LSTM(I, H, **{regulariser: RATE})
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
@@ -149,7 +249,7 @@ def test_what_it_cannot_do_is_refused():
         pytest.raises(RuntimeError, match=r"torch\.nn has no recurrent_dropout"),
     ):
         gru(x.unsqueeze(0))
-    for name in REGULARISERS:
+    for name in (*REGULARISERS, "zoneout"):
         for value in (-0.1, 1.5, "0.5", True):
             with pytest.raises(ValueError, match=f"{name} should be a number in range"):
                 fused_rnn.LSTM(I, H, **{name: value})

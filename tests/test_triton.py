@@ -113,6 +113,18 @@ def test_gates_made_again(case, on):
     on(check_case, "recompute", case)
 
 
+@cases(
+    cell=CELLS,
+    dtype=DTYPES,
+    shape=((4, 3, 25), (2, 2, 70)),
+    control=(False, True),
+    algorithm=("resident", "tiled"),
+)
+def test_a_share_of_each_state_stays(case, on):
+    case = dict(case)
+    on(check_case, case.pop("algorithm"), case | {"share": True})
+
+
 def check_bits(device, algorithm, cell, dtype):
     """Twice the same; and without save the same results, and nothing saved."""
     problem = make_problem(cell, dtype, (3, 3, 31), product=True, control=True, rows="scattered")

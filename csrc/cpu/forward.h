@@ -71,7 +71,7 @@ class Forward {
     flip = arena.take<bool>(a.N);
     unprojected = arena.take<A>(a.w_hr ? a.N * a.H : 0);
     masked = arena.take<A>(a.h_mask ? a.N * a.R : 0);
-    c_before = arena.take<A>(a.keep && Cell::kStates == 2 ? a.N * a.H : 0);
+    c_before = arena.take<A>(keeps() && Cell::kStates == 2 ? a.N * a.H : 0);
     live = arena.take<Live>(a.N);
     x = arena.take<const A*>(a.N);
     who = arena.take<int64_t>(a.N);
@@ -160,7 +160,7 @@ class Forward {
         });
       }
       if (a.w_hr) project(share.place, count, step);
-      for (int64_t j = share.place; a.keep && j < share.place + count; ++j) keep_states(j);
+      for (int64_t j = share.place; keeps() && j < share.place + count; ++j) keep_states(j);
       for (int64_t j = share.place; j < share.place + count; ++j) {
         state[who[j]] = state_after(who[j], live[j].index);
         if constexpr (!kInPlace) flip[who[j]] = !flip[who[j]];
@@ -196,7 +196,7 @@ class Forward {
       row.c = clear ? zeros : c;
       row.keep = a.keep ? a.keep + (at.t * a.N + n) * kept_states() : nullptr;
       if constexpr (Cell::kStates == 2)
-        if (a.keep && !clear) row.c = copy(c, c_before + place * a.H, a.H);
+        if (keeps() && !clear) row.c = copy(c, c_before + place * a.H, a.H);
       x[count++] = a.h_mask ? mask(row.h, n, masked + place * a.R) : row.h;
       row.c1 = c;
       row.h1 = a.w_hr ? unprojected + place * a.H : state_after(place, index);
@@ -207,6 +207,7 @@ class Forward {
     return count - share.place;
   }
 
+  bool keeps() const { return a.keep || a.keep_share; }
   int64_t kept_states() const { return a.R + (Cell::kStates - 1) * a.H; }
 
   static const A* copy(const A* from, A* to, int64_t width) {
@@ -226,12 +227,22 @@ class Forward {
   void keep_states(int64_t j) const {
     const Live& row = live[j];
     T* const h_out = kInPlace ? nullptr : static_cast<T*>(a.h) + row.index * a.R;
-    keep(row.keep, row.h, state_after(who[j], row.index), h_out, a.R);
+    keep(row.keep, 0, row.h, state_after(who[j], row.index), h_out, a.R);
     if constexpr (Cell::kStates == 2)
-      keep(row.keep + a.R, row.c, row.c1, a.save ? row.c_out : nullptr, a.H);
+      keep(row.keep, a.R, row.c, row.c1, a.save ? row.c_out : nullptr, a.H);
   }
-  static void keep(const uint8_t* which, const A* before, A* state, T* out, int64_t width) {
-    for (int64_t i = 0; i < width; ++i) state[i] = which[i] ? before[i] : state[i];
+  // `first` is the state's place among all states of a row.
+  void keep(const uint8_t* which, int64_t first, const A* before, A* state, T* out,
+            int64_t width) const {
+    const A* share = static_cast<const A*>(a.keep_share) + first;
+    if (which)
+      for (int64_t i = 0; i < width; ++i) state[i] = which[first + i] ? before[i] : state[i];
+    else
+      for (int64_t i = 0; i < width; i += kWidth) {
+        const int64_t n = width - i;
+        const V now = V::load(state + i, n);
+        (V::load(share + i, n) * (V::load(before + i, n) - now) + now).store(state + i, n);
+      }
     if (out) copy_row(state, out, width);
   }
 

@@ -71,6 +71,7 @@ struct StepRows {
   const uint8_t* control;  // [N], or null
   const int32_t* rows;     // [N], or null
   const uint8_t* keep;     // [N, states], or null
+  const void* keep_share;  // carry [states], or null
   int64_t first;           // without rows, the first row; the others follow
   int64_t states;          // of one row, all states together
 
@@ -85,6 +86,13 @@ struct StepRows {
   FUSED_RNN_DEVICE bool keeps(int64_t n, int64_t state) const {
     return keep && load(keep + n * states + state);
   }
+  // What becomes of such an element.
+  template <class A>
+  FUSED_RNN_DEVICE A after(int64_t n, int64_t state, A before, A computed) const {
+    if (keep_share)
+      return computed + load(static_cast<const A*>(keep_share) + state) * (before - computed);
+    return keeps(n, state) ? before : computed;
+  }
   // Whether a gradient reaches the state before.
   FUSED_RNN_DEVICE bool passes(int64_t n) const {
     return !holds(n) && !(bits(n) & (kClear | kCut));
@@ -96,6 +104,7 @@ struct Loop {
   const uint8_t* control;
   const int32_t* rows;
   const uint8_t* keep;
+  const void* keep_share;
   int64_t T, N, states;
   bool reverse;
 
@@ -104,6 +113,7 @@ struct Loop {
       : control(a.control),
         rows(a.rows),
         keep(a.keep),
+        keep_share(a.keep_share),
         T(a.T),
         N(a.N),
         states(states),
@@ -112,8 +122,12 @@ struct Loop {
   // The step'th step in the order in which forward runs.
   FUSED_RNN_FN StepRows step(int64_t step) const {
     const int64_t t = reverse ? T - 1 - step : step;
-    return {control ? control + t * N : nullptr, rows ? rows + t * N : nullptr,
-            keep ? keep + t * N * states : nullptr, t * N, states};
+    return {control ? control + t * N : nullptr,
+            rows ? rows + t * N : nullptr,
+            keep ? keep + t * N * states : nullptr,
+            keep_share,
+            t * N,
+            states};
   }
 };
 

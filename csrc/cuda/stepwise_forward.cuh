@@ -79,8 +79,8 @@ FUSED_RNN_DEVICE void place_state(const ForwardStep<T>& a, int64_t n, int64_t r,
   const bool holds = a.now.holds(n);
   if (holds)
     state = read(a.h_n, at);
-  else if (a.now.keeps(n, r))
-    state = a.entering(a.h_n, n, at);
+  else if (a.now.keep || a.now.keep_share)
+    state = a.now.after(n, r, a.entering(a.h_n, n, at), state);
   write(a.h_n, at, state);
   if (index >= 0) write(a.h, index * a.R + r, holds ? arithmetic_t<T>(0) : state);
   if (a.last) return;
@@ -116,7 +116,7 @@ FUSED_RNN_DEVICE void forward_unit(const ForwardStep<T>& a, int64_t n, int64_t u
   Cell::forward(gx, gh, s, s1, saved);
 
   if constexpr (Cell::kStates == 2) {
-    const A c = a.now.keeps(n, a.R + unit) ? s[1] : s1[1];
+    const A c = a.now.after(n, a.R + unit, s[1], s1[1]);
     write(a.c_n, at, c);
     if (a.c) write(a.c, index * a.H + unit, c);
   }

@@ -49,8 +49,8 @@ class Problem(NamedTuple):
         compiling: ``torch.compile`` or ``torch.export`` is tracing.
         transformed: forward-mode AD or a ``torch.func`` transform has to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep`` (the op's),
-            ``cell_states`` (c over time), ``last_step`` (alone), ``reverse`` (as the only
-            direction), ``jagged`` (input).
+            ``keep_share`` (``keep`` as shares), ``cell_states`` (c over time), ``last_step``
+            (alone), ``reverse`` (as the only direction), ``jagged`` (input).
         ordinal: which of the devices of that type.
     """
 

@@ -42,6 +42,8 @@ def cannot_compute(problem: Problem) -> str | None:
         return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
     if problem.transformed:
         return "forward-mode AD and torch.func transforms have to see each operation"
+    if "keep_share" in problem.options and problem.grad:
+        return "zoneout has a backward in training only, where it draws a mask"
     return None
 
 

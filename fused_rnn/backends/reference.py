@@ -82,9 +82,12 @@ def layer(
         stepped = cell.step(x_t, torch.nn.functional.linear(operand, w, b), entering)
         if projection is not None:
             stepped = (torch.nn.functional.linear(stepped[0], projection), *stepped[1:])
-        if keep is not None:
+        if keep is not None and keep.dtype is torch.uint8:
             kept = keep[t].bool().split(widths, -1)
             stepped = tuple(map(torch.where, kept, entering, stepped))
+        elif keep is not None:
+            shares = keep.split(widths, -1)
+            stepped = tuple(map(torch.lerp, stepped, entering, shares))
         if hold is None:
             states = stepped
             seen.append(states)

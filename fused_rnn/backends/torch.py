@@ -43,6 +43,8 @@ _LACKS = {
     "reverse": 'direction="reverse"',
     "jagged": "input of jagged layout",
     "h_mask": "recurrent_dropout",
+    "keep": "zoneout",
+    "keep_share": "zoneout",
 }
 
 

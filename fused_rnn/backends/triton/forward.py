@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import cells
 from .steps import (
-    keeps,
+    after,
     kernel,
     multiplied,
     multiply,
@@ -90,9 +90,9 @@ def forward_units(
     gx = read_tuple(a.gx, row, u, stepping, GATES, H)
     h1, c1, saved = cells.forward(CELL, gx, gh, h, c)
     if a.keep is not None:
-        h1 = tl.where(keeps(a, at[:, None], u, stepping, 0, STATES, H), h, h1)
+        h1 = after(a, at[:, None], u, stepping, 0, STATES, H, h, h1)
         if STATES == 2:
-            c1 = tl.where(keeps(a, at[:, None], u, stepping, 1, STATES, H), c, c1)
+            c1 = after(a, at[:, None], u, stepping, 1, STATES, H, c, c1)
     tl.store(a.h + row * H + u, tl.where(live[:, None], h1, 0.0), mask=shown)
     if a.c is not None:
         tl.store(a.c + row * H + u, tl.where(live[:, None], c1, 0.0), mask=shown)

@@ -125,7 +125,10 @@ class Layer:
             check_rows(rows, self.M)
         self.h_mask = operands.get("h_mask", h_mask, (self.N, self.H))
         widths = self.cell.states * self.H
-        self.keep = operands.get("keep", keep, (*steps, widths), torch.uint8)
+        if is_share(keep):
+            self.keep = operands.get("keep", keep, (widths,), state=True)
+        else:
+            self.keep = operands.get("keep", keep, (*steps, widths), torch.uint8)
 
     def rows_of(self, width: int) -> tuple[int, ...]:
         return (*self.lead, width)
@@ -134,6 +137,11 @@ class Layer:
     def column(w: Tensor | None) -> Tensor | None:
         """What has the shape of the weight's bias."""
         return None if w is None else w[:, 0]
+
+
+def is_share(keep: Tensor | None) -> bool:
+    """Whether ``keep`` is how much of each state stays, and not a mask."""
+    return keep is not None and keep.dtype is not torch.uint8
 
 
 def check_rows(rows: Tensor, count: int) -> None:
@@ -197,6 +205,8 @@ def layer_backward(
     p = Layer(cell, x, w_ih, w_hh, reverse, *options)
     get, has_c, states = p.operands.get, p.cell.states == 2, (p.N, p.H)
     shown, carry = p.rows_of(p.H), carry_dtype(x.dtype)
+    if is_share(keep):
+        raise RuntimeError("fused_rnn: there is no backward where keep is a share of each state")
     dh = get("dh", dh, shown)
     dc = get("dc", dc, shown) if has_c else None
     dh_n = get("dh_n", dh_n, states, state=True)

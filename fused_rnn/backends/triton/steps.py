@@ -103,6 +103,27 @@ def keeps(a, at, u, mask, STATE: tl.constexpr, STATES: tl.constexpr, H: tl.const
 
 
 @triton.jit
+def after(
+    a,
+    at,
+    u,
+    mask,
+    STATE: tl.constexpr,
+    STATES: tl.constexpr,
+    H: tl.constexpr,
+    before,
+    computed,
+):
+    """What becomes of a state: ``keep`` is a mask, or how much of it stays."""
+    if a.keep.dtype.element_ty == tl.uint8:
+        state = tl.where(keeps(a, at, u, mask, STATE, STATES, H), before, computed)
+    else:
+        share = read(a.keep, STATE * H + u, u < H)
+        state = computed + share * (before - computed)
+    return state
+
+
+@triton.jit
 def multiplied(a, x, n, u, mask, H: tl.constexpr):
     """A hidden state on its way into the recurrent product, or a gradient on its way back."""
     if a.h_mask is not None:
