@@ -32,6 +32,7 @@ class Shape(NamedTuple):
         registers: that ptxas may give a thread. Left to itself (``None``) it spills a few where one
             more program would then fit beside; told, it takes all, and in wide shapes more.
         multiple: H has to be one of it.
+        gates: of a cell, at most.
         measured: where this was measured to be the fastest.
     """
 
@@ -42,17 +43,20 @@ class Shape(NamedTuple):
     stages: int
     registers: int | None = 255
     multiple: int = 1
+    gates: int = 4
     measured: str = "not yet measured"
 
 
 # By how products are made: of half types, in TF32, in exact float32. 16 rows are the fewest that
 # fill a tensor core's tile. All were compiled with every option for sm_80, sm_90 and sm_100, and
-# none spills; with 128 units of float32, or of an H that is no multiple of 8, some would.
+# none spills; with 128 units of float32, or of an LSTM or GRU whose H is no multiple of 8, some
+# would, and so would an RNN of 16 warps.
 RESIDENT_SHAPES = {
     "half": (
         Shape(16, 16, 0, 2, 1),
         Shape(16, 32, 0, 4, 1),
         Shape(16, 64, 0, 8, 1),
+        Shape(16, 128, 0, 8, 1, gates=1),
         Shape(16, 128, 0, 16, 1, registers=None, multiple=8),
         Shape(16, 256, 0, 16, 1, registers=None, multiple=8),
     ),
@@ -89,7 +93,8 @@ def precision(dtype: DType, tf32: bool) -> str:
 def resident(cell: Cell, H: int, precision: str, shared: int) -> tuple[Shape | None, str]:
     """The shape in which W_hh stays on the chip, or why it cannot."""
     shapes = RESIDENT_SHAPES[precision]
-    shape = next((shape for shape in shapes if shape.units >= H), None)
+    fits = (shape for shape in shapes if shape.units >= H and shape.gates >= cell.gates)
+    shape = next(fits, None)
     if shape is None:
         return None, f"{H} units are more than one tile has (at most {shapes[-1].units})"
     if H % shape.multiple:
