@@ -10,7 +10,7 @@ SANITIZED_TESTS := -m op
 # One process a core; PYTEST="-n 0 ..." runs all tests in one, as a debugger wants it.
 PYTEST_OPTIONS := --durations=20 -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: help bench test full sanitize cuda gpu-check docs lint format build compiled clean
+.PHONY: help bench test full sanitize cuda gpu-check dist docs lint format build compiled clean
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
@@ -42,6 +42,12 @@ gpu-check:  ## on a machine with a GPU: build, test, sanitize, micro, bench (PIE
 	$(PYTHON) benchmarks/gpu_check.py $(if $(PIECE),--piece $(PIECE)) $(if $(OUT),--out "$(OUT)") \
 	    $(if $(CPU_BUILT),--cpu-built "$(CPU_BUILT)") --pytest='$(PYTEST)'
 
+# From each a fresh environment, where it has to run.
+dist: .venv/installed  ## the sdist and this Python's wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
+	$(BIN)/python tests/dist.py
+
 docs: build  ## the documents as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -59,7 +65,7 @@ format: .venv/installed  ## rewrite the sources as lint wants them
 build: .venv/editable  ## compile what changed, in place
 
 clean:  ## remove what was built, and .venv
-	rm -rf .venv build fused_rnn.egg-info fused_rnn/*.so
+	rm -rf .venv build dist fused_rnn.egg-info fused_rnn/*.so
 
 # $(call need,command,sentence): the sentence is printed when the command fails.
 need = @$(1) >/dev/null 2>&1 || { echo "fused_rnn: $(strip $(2))" >&2; exit 1; }

@@ -121,25 +121,31 @@ def gpus_at_hand() -> list[str]:
     return sorted(set(answer.stdout.split())) if answer.returncode == 0 else []
 
 
-def wants_cuda() -> bool:
-    """Whether to build the CUDA library: where torch could use it and there is a compiler."""
+def why_no_cuda() -> str | None:
+    """Why the CUDA library is not built, or None: it is where torch could use it and nvcc is."""
     forced, nvcc = os.environ.get("FORCE_CUDA", ""), find_nvcc()
-    if forced not in ("", "0") and nvcc is None:
-        refuse(
-            "FORCE_CUDA is set and nvcc was not found: install CUDA, name it with NVCC=, or run "
-            "`pip install cuda-toolkit[cccl,cudart,nvcc]`."
-        )
+    where_from = (
+        "install CUDA, name it with NVCC=, or run `pip install cuda-toolkit[cccl,cudart,nvcc]`"
+    )
+    if forced == "0":
+        return "FORCE_CUDA=0"
+    if forced and nvcc is None:
+        refuse(f"FORCE_CUDA is set and nvcc was not found: {where_from}.")
     if forced:
-        return forced != "0"
-    if nvcc is None or importlib.util.find_spec("torch") is None:
-        return False
+        return None
+    if importlib.util.find_spec("torch") is None:
+        return "there is no torch"  # nor a build: an sdist needs none
+    # Written there when torch was built: importing torch takes seconds.
+    version = (package_folder("torch") / "version.py").read_text()
+    if not re.search(r"^cuda\b.*= '", version, re.MULTILINE):
+        return "torch has no CUDA; FORCE_CUDA=1 builds it nevertheless"
+    if nvcc is None:
+        return f"nvcc was not found: {where_from}; until then the triton backend runs on GPUs"
     # pip's nvcc is in every development environment, also where compiling for all GPUs, which
     # takes minutes, would be for none.
     if nvcc == packaged_tool("nvcc") and not gpus_at_hand():
-        return False
-    # Written there when torch was built: importing torch takes seconds.
-    version = (package_folder("torch") / "version.py").read_text()
-    return bool(re.search(r"^cuda\b.*= '", version, re.MULTILINE))
+        return "there is no GPU here to compile for; FORCE_CUDA=1 compiles for all"
+    return None
 
 
 def cuda_architectures() -> list[str]:
@@ -256,7 +262,7 @@ def write_ninja(path: Path) -> None:
             compile_source("plan.cpp", "plan.o", ""),
         ]
         n.build("_C.so", "link", module, variables={"flags": " ".join(module_flags)})
-        if wants_cuda():
+        if why_no_cuda() is None:
             write_cuda(n, torch, others[0])
 
 
@@ -335,7 +341,8 @@ class NinjaBuild(build_ext):
         folder = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
         write_ninja(folder / "build.ninja")
-        cuda = "and the CUDA library" if wants_cuda() else "without CUDA (see FORCE_CUDA)"
+        reason = why_no_cuda()
+        cuda = "and the CUDA library" if reason is None else f"without CUDA: {reason}"
         print(
             f"fused_rnn: building the CPU library ({', '.join(INSTRUCTION_SETS)}) {cuda}.",
             flush=True,
@@ -355,14 +362,9 @@ class NinjaBuild(build_ext):
 if __name__ == "__main__":
     if sys.platform == "win32":
         refuse("Windows is not supported; Linux and macOS are (WSL is Linux).")
-    PURE_PYTHON = os.environ.get("FUSED_RNN_PURE_PYTHON", "0") not in ("", "0")
-    setup(
-        ext_modules=[]
-        if PURE_PYTHON
-        else [
-            Extension(LIBRARY, ["csrc/ops.cpp"]),
-            Extension(MODULE, ["csrc/python.cpp"]),
-            *([Extension(CUDA_LIBRARY, ["csrc/cuda/register.cu"])] if wants_cuda() else []),
-        ],
-        cmdclass={"build_ext": NinjaBuild},
-    )
+    extensions = []
+    if os.environ.get("FUSED_RNN_PURE_PYTHON", "0") in ("", "0"):
+        extensions = [Extension(LIBRARY, ["csrc/ops.cpp"]), Extension(MODULE, ["csrc/python.cpp"])]
+        if why_no_cuda() is None:
+            extensions.append(Extension(CUDA_LIBRARY, ["csrc/cuda/register.cu"]))
+    setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

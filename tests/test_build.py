@@ -5,12 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import numerics
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
+import dist
 from fused_rnn import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +117,47 @@ def test_without_a_compiler_a_sentence_names_the_package(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("missing", "sentence"),
+    [
+        (
+            "ninja",
+            "building needs the Python package ninja: run `pip install torch ninja pybind11`",
+        ),
+        ("Python.h", "the headers of Python are missing"),
+        (
+            "torch 2.10",
+            "the torch it is built against must be 2.10 or newer, and this one is 2.9.1",
+        ),
+    ],
+)
+def test_what_building_needs_is_named(missing, sentence, tmp_path):
+    """What is hidden is hidden from setup.py alone."""
+    hide = {
+        "ninja": "importlib.util.find_spec = lambda n, f=importlib.util.find_spec: "
+        "None if n == 'ninja' else f(n)",
+        "Python.h": "sysconfig.get_path = lambda name: 'nowhere'",
+        "torch 2.10": "importlib.metadata.version = lambda name: '2.9.1+cpu'",
+    }[missing]
+    code = f"""import importlib.metadata, importlib.util, runpy, sys, sysconfig
+import setuptools.command.build_ext
+{hide}
+sys.argv = ["setup.py", "-q", "build_ext", "--build-lib", {str(tmp_path)!r}]
+runpy.run_path("setup.py", run_name="__main__")"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_compiler_that_fails_is_said_to_have_failed(tmp_path):
+    """Its own message stands above the sentence. DEBUG, to leave the release's objects alone."""
+    result = build_ext(tmp_path, CXX="false", DEBUG="1")
+    assert result.returncode != 0
+    assert "the C++ build failed; the compiler's own message stands above" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_pure_python_builds_nothing(tmp_path):
     result = build_ext(tmp_path, CXX="no-such-compiler", FUSED_RNN_PURE_PYTHON="1")
     assert result.returncode == 0, result.stderr
@@ -181,16 +225,24 @@ def test_cuda_is_built_where_torch_has_it_and_for_nvidias_packages_where_a_gpu_i
     (torch_folder / "__init__.py").touch()
     (torch_folder / "version.py").write_text(f"{version}\n")
     has_cuda = "None" not in version
+    hidden = tmp_path / "site" / "nvidia.py"  # hides what this environment has of the packages
+    hidden.touch()
+    assert ("nvcc was not found" if has_cuda else "torch has no CUDA") in ask_setup(
+        "why_no_cuda", tmp_path
+    )
+    hidden.unlink()
     executable(tmp_path / "site" / "nvidia" / "cu99" / "bin" / "nvcc")
-    assert ask_setup("wants_cuda", tmp_path) == "False"
-    assert ask_setup("wants_cuda", tmp_path, FORCE_CUDA="1") == "True"
+    assert ("no GPU here" if has_cuda else "torch has no CUDA") in ask_setup(
+        "why_no_cuda", tmp_path
+    )
+    assert ask_setup("why_no_cuda", tmp_path, FORCE_CUDA="1") == "None"
     gpu = executable(tmp_path / "bin" / "nvidia-smi", prints="9.0")
-    assert ask_setup("wants_cuda", tmp_path) == str(has_cuda)
-    assert ask_setup("wants_cuda", tmp_path, FORCE_CUDA="0") == "False"
+    assert (ask_setup("why_no_cuda", tmp_path) == "None") == has_cuda
+    assert ask_setup("why_no_cuda", tmp_path, FORCE_CUDA="0") == "FORCE_CUDA=0"
     assert "code=sm_90" in ask_setup("cuda_architectures", tmp_path)
     gpu.unlink()
     executable(tmp_path / "bin" / "nvcc")
-    assert ask_setup("wants_cuda", tmp_path) == str(has_cuda)
+    assert (ask_setup("why_no_cuda", tmp_path) == "None") == has_cuda
 
 
 def test_cuda_that_is_forced_needs_a_compiler_and_the_sentence_says_where_from(tmp_path):
@@ -198,6 +250,40 @@ def test_cuda_that_is_forced_needs_a_compiler_and_the_sentence_says_where_from(t
     site.mkdir()
     # Hides what this environment has of the packages.
     (site / "nvidia.py").touch()
-    said = ask_setup("wants_cuda", tmp_path, FORCE_CUDA="1")
+    said = ask_setup("why_no_cuda", tmp_path, FORCE_CUDA="1")
     assert "nvcc was not found" in said
     assert "pip install cuda-toolkit[cccl,cudart,nvcc]" in said
+
+
+def distribution(kind: str, folder: Path) -> Path:
+    # From a copy: setuptools writes beside its sources.
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode != 0:
+        pytest.skip("this is no git checkout, which knows what belongs to the project")
+    for name in tracked.stdout.splitlines():
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / "source" / name)
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "-o", folder / "dist"]
+    subprocess.run([*command, folder / "source"], check=True, capture_output=True)
+    (file,) = (folder / "dist").iterdir()
+    return file
+
+
+def test_an_sdist_has_every_source(tmp_path):
+    with tarfile.open(distribution("sdist", tmp_path)) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    source = tmp_path / "source"
+    wanted = {
+        str(path.relative_to(source))
+        for folder in ("csrc", "fused_rnn")
+        for path in (source / folder).rglob("*")
+        if path.is_file() and "fused_rnn.egg-info" not in path.parts
+    }
+    assert wanted - packed == set()
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= packed
+
+
+@pytest.mark.skipif(not numerics.FULL, reason="compiles everything anew: --full, or `make dist`")
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_a_distribution_installs_into_a_fresh_environment_and_runs(kind, tmp_path):
+    dist.attempt(distribution(kind, tmp_path), tmp_path / "environment")
