@@ -262,7 +262,7 @@ class SequenceModule(RNNBase):
         """What a call with these arguments asks of a backend; see :func:`fused_rnn.explain`."""
         return functional.describe(*self._arguments(input, hx, Options(**asked) if asked else None))
 
-    def _arguments(self, input: Any, hx: Any, asked: Options | None = None) -> tuple:
+    def _arguments(self, input: Any, hx: Any, asked: Options | None = None) -> tuple[Any, ...]:
         """The first arguments of :func:`functional.rnn`: checked, time-major."""
         weights, batch_sizes, rows = self._weights(), None, None
         if isinstance(input, PackedSequence):
