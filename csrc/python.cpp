@@ -62,6 +62,7 @@ pybind11::dict build_info() {
 struct Connection {
   const DLPackExchangeAPI* torch = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
+  PyObject* is_neg = nullptr;
   decltype(&fused_rnn_cell) kernel = nullptr;
 } connection;
 
@@ -72,10 +73,12 @@ void connect(pybind11::type tensor, pybind11::type parameter, uintptr_t kernel) 
     throw pybind11::import_error("torch's DLPack exchange table is of another major version");
   connection = {torch, reinterpret_cast<PyTypeObject*>(tensor.ptr()),
                 reinterpret_cast<PyTypeObject*>(parameter.ptr()),
+                pybind11::object(tensor.attr("is_neg")).release().ptr(),
                 reinterpret_cast<decltype(&fused_rnn_cell)>(kernel)};
 }
 
-// The memory of a tensor, if it is a plain contiguous CPU tensor of the wanted dtype and shape.
+// The memory of a tensor, if it is a plain contiguous CPU tensor of the wanted dtype and shape. A
+// view may carry its sign as a bit beside the memory; DLPack does not tell.
 class Plain {
   DLDataType type_;
 
@@ -85,7 +88,12 @@ class Plain {
   static bool view(pybind11::handle object, DLTensor* out) {
     const PyTypeObject* type = Py_TYPE(object.ptr());
     if (type != connection.tensor && type != connection.parameter) return false;
-    if (connection.torch->dltensor_from_py_object_no_sync(object.ptr(), out) == 0) return true;
+    PyObject* const self = object.ptr();
+    const auto negated = pybind11::reinterpret_steal<pybind11::object>(
+        PyObject_Vectorcall(connection.is_neg, &self, 1, nullptr));
+    if (negated.ptr() == Py_False &&
+        connection.torch->dltensor_from_py_object_no_sync(object.ptr(), out) == 0)
+      return true;
     PyErr_Clear();  // torch has no plain memory for it; the caller has another way
     return false;
   }

@@ -11,7 +11,7 @@ from torch.nn.modules.rnn import RNNCellBase
 from . import functional
 from .backends import Problem, check_name
 from .cells import CELLS, Cell, States
-from .functional import Weights
+from .functional import CellWeights
 from .sequence_module import fx_leaf, with_backend
 
 
@@ -20,6 +20,7 @@ class CellModule(RNNCellBase):
 
     backend: str = "auto"
     _name: str  # in torch.nn's sentences
+    _cell: Cell
 
     def __init__(self, *args: Any, backend: str, **kwargs: Any) -> None:
         check_name(backend)
@@ -36,17 +37,13 @@ class CellModule(RNNCellBase):
         states = (hx,) if isinstance(hx, Tensor) else hx
         return functional.describe_step(self._cell, input, states, self._weights())
 
-    @property
-    def _cell(self) -> Cell:
-        raise NotImplementedError
-
-    def _weights(self) -> Weights:
+    def _weights(self) -> CellWeights:
         try:
             # Where Module.__getattr__ would find them, at a quarter of its time.
             p: Any = self._parameters
-            return Weights(p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"])
+            return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
         except KeyError:
-            return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def _step(self, input: Tensor, states: States | None) -> States:
         return functional.step(self._cell, input, states, self._weights(), self.backend)
@@ -118,7 +115,7 @@ class RNNCell(_OneStateCell):
         self.nonlinearity = nonlinearity
 
     @property
-    def _cell(self) -> Cell:
+    def _cell(self) -> Cell:  # type: ignore[override]
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return CELLS["rnn_tanh" if self.nonlinearity == "tanh" else "rnn_relu"]
@@ -141,6 +138,7 @@ class LSTMCell(CellModule):
     """
 
     _name = "LSTMCell"
+    _cell = CELLS["lstm"]
 
     def __init__(
         self,
@@ -155,10 +153,6 @@ class LSTMCell(CellModule):
         super().__init__(
             input_size, hidden_size, bias, 4, device=device, dtype=dtype, backend=backend
         )
-
-    @property
-    def _cell(self) -> Cell:
-        return CELLS["lstm"]
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
@@ -202,6 +196,7 @@ class GRUCell(_OneStateCell):
     """
 
     _name = "GRUCell"
+    _cell = CELLS["gru"]
 
     def __init__(
         self,
@@ -216,7 +211,3 @@ class GRUCell(_OneStateCell):
         super().__init__(
             input_size, hidden_size, bias, 3, device=device, dtype=dtype, backend=backend
         )
-
-    @property
-    def _cell(self) -> Cell:
-        return CELLS["gru"]

@@ -14,9 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._functorch import get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from .backends import Problem, algorithm, requested, select, torch_nn
+from .backends import LOG, SMALL_STEPS, Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
 from .sequences import Options, sent
 
@@ -29,6 +37,11 @@ class Weights(NamedTuple):
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+
+
+# The same of a cell, which has no projection. A plain tuple: the other takes longer to make than
+# a small step to find its kernel.
+CellWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def rnn(
@@ -147,7 +160,7 @@ def joined(directions: Sequence[Tensor]) -> Tensor:
 
 
 def step(
-    cell: Cell, input: Tensor, states: States | None, w: Weights, backend: str = "auto"
+    cell: Cell, input: Tensor, states: States | None, weights: CellWeights, backend: str = "auto"
 ) -> States:
     r"""One step of one layer.
 
@@ -155,7 +168,7 @@ def step(
         cell: one of :data:`fused_rnn.cells.CELLS`.
         input: ``[N,I]``.
         states: ``(h,)`` or ``(h, c)``, each ``[N,H]``. ``None``: zeros.
-        w: the weights; no projection.
+        weights: ``w_ih, w_hh, b_ih, b_hh``.
         backend: name of a backend, or ``"auto"``. Default: ``"auto"``
 
     Returns:
@@ -165,32 +178,34 @@ def step(
         RuntimeError: as :func:`rnn`.
     """
     if states is None:
-        states = (input.new_zeros(input.size(0), w.w_hh.size(1)),) * cell.states
+        states = (input.new_zeros(input.size(0), weights[1].size(1)),) * cell.states
     h, c = states if cell.states == 2 else (states[0], None)
     if _is_plain(input, states):
-        grad = torch.is_grad_enabled() and needs_grad((input, *states, *w))
-        shapes = (input.shape, w.w_hh.shape)
-        small_step, cell_step = _step_kernels(
-            cell.name, input.dtype, input.device, shapes, grad, requested(backend)
-        )
+        grad = torch.is_grad_enabled() and needs_grad((input, *states, *weights))
+        name = requested(backend)
+        small_step = None if grad else SMALL_STEPS.get(name)
         try:
-            if small_step is not None:
-                stepped = small_step(cell, input, h, c, *w[:4])
-                if stepped is not None:
-                    return stepped[: cell.states]
+            stepped = small_step and small_step(cell, input, h, c, *weights)
+            if stepped:
+                if LOG:
+                    select(describe_step(cell, input, states, weights), name)
+                return stepped
+            shapes = (input.shape, weights[1].shape)
+            cell_step = _cell_step(cell.name, input.dtype, input.device, shapes, grad, name)
             if cell_step is not None:
-                return cell_step(cell, input, h, c, *w[:4])[: cell.states]
+                return cell_step(cell, input, h, c, *weights)[: cell.states]
         except (RuntimeError, IndexError):
-            check_step(cell, input, states, w)
+            check_step(cell, input, states, weights)
             raise
-    check_step(cell, input, states, w)
+    check_step(cell, input, states, weights)
     if c is h:
         c = h.view_as(h)  # dynamo refuses a tensor that is two arguments of a Function
-    problem = describe_step(cell, input, states, w)
+    problem = describe_step(cell, input, states, weights)
     chosen = select(problem, requested(backend))
     if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
-        return chosen.cell_step(cell, input, h, c, *w[:4])[: cell.states]
-    _, _, final = _layer(chosen, cell, input.unsqueeze(0), (h,) if c is None else (h, c), w)
+        return chosen.cell_step(cell, input, h, c, *weights)[: cell.states]
+    w, entering = Weights(*weights), (h,) if c is None else (h, c)
+    _, _, final = _layer(chosen, cell, input.unsqueeze(0), entering, w)
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
 
@@ -200,41 +215,37 @@ def _is_plain(input: Tensor, states: States) -> bool:
     A step may then go straight to its kernel, whose own checks suffice.
     """
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack()
+        is_compiling()
+        or _get_tracing_state()
+        or _is_any_autocast_enabled()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or peek_interpreter_stack()
         or forward_ad._current_level >= 0
         or not input.dtype is states[0].dtype is states[-1].dtype
     )
 
 
 @lru_cache(maxsize=1024)
-def _step_kernels(
+def _cell_step(
     cell: str,
     dtype: torch.dtype,
     device: torch.device,
     shapes: tuple[torch.Size, torch.Size],
     grad: bool,
     name: str,
-) -> tuple[Callable[..., Any] | None, Callable[..., Any] | None]:
-    """The chosen backend's ``small_step`` and ``cell_step``.
-
-    Cached, because choosing takes longer than the step.
-    """
+) -> Callable[..., Any] | None:
+    """The chosen backend's ``cell_step``: cached, because choosing takes longer than the step."""
     (N, I), (_, H) = shapes  # noqa: E741
     problem = Problem(cell, dtype, device.type, 0, N, I, H, 0, 1, 1, grad, False, False)
     problem = problem._replace(ordinal=device.index or 0)
-    chosen = select(problem, name)
-    small = hasattr(chosen, "small_step") and chosen.is_small(problem)
-    return chosen.small_step if small else None, getattr(chosen, "cell_step", None)
+    return getattr(select(problem, name), "cell_step", None)
 
 
-def check_step(cell: Cell, input: Tensor, states: States, w: Weights) -> None:
+def check_step(cell: Cell, input: Tensor, states: States, weights: CellWeights) -> None:
     """Refuse what torch.nn's cells refuse, in the same words."""
-    (n, size), (_, expected), hidden = input.shape, w.w_ih.shape, w.w_hh.size(1)
+    w_ih, w_hh, *_ = weights
+    (n, size), (_, expected), hidden = input.shape, w_ih.shape, w_hh.size(1)
     if size != expected:
         raise RuntimeError(f"input has inconsistent input_size: got {size} expected {expected}")
     for k, state in enumerate(states):
@@ -246,8 +257,8 @@ def check_step(cell: Cell, input: Tensor, states: States, w: Weights) -> None:
             raise RuntimeError(
                 f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}"
             )
-    if not agree(input, (*states, *(x for x in w if x is not None))):
-        torch_nn.cell_step(cell, input, states[0], states[-1], *w[:4])
+    if not agree(input, (*states, *(x for x in weights if x is not None))):
+        torch_nn.cell_step(cell, input, states[0], states[-1], *weights)
 
 
 def _layer(
@@ -298,7 +309,7 @@ def packed_rows(batch_sizes: Tensor, batch: int, device: torch.device) -> Tensor
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a GEMM on ``input``, or None where it leaves it alone."""
-    if not torch._C._is_any_autocast_enabled() or input.dtype is torch.float64:
+    if not _is_any_autocast_enabled() or input.dtype is torch.float64:
         return None
     device = input.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -372,14 +383,16 @@ def describe(
         grad=torch.is_grad_enabled()
         and (any(map(needs_grad, weights)) or needs_grad((input, *(states or ())))),
         packed=packed,
-        compiling=torch.compiler.is_compiling(),
+        compiling=is_compiling(),
         transformed=is_transformed(),
         options=() if options is None else options.asked,
         ordinal=input.device.index or 0,
     )
 
 
-def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> Problem:
+def describe_step(
+    cell: Cell, input: Tensor, states: States | None, weights: CellWeights
+) -> Problem:
     """What :func:`step` asks of a backend: a problem of no steps."""
     return Problem(
         cell=cell.name,
@@ -388,13 +401,13 @@ def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) 
         T=0,
         N=input.size(0),
         I=input.size(1),
-        H=w.w_hh.size(1),
+        H=weights[1].size(1),
         P=0,
         layers=1,
         directions=1,
-        grad=needs_grad((input, *(states or ()), *w)),
+        grad=needs_grad((input, *(states or ()), *weights)),
         packed=False,
-        compiling=torch.compiler.is_compiling(),
+        compiling=is_compiling(),
         transformed=is_transformed(),
         ordinal=input.device.index or 0,
     )
@@ -405,11 +418,11 @@ def is_transformed() -> bool:
 
     One level of ``torch.func.grad`` is an ordinary backward.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     if forward_ad._current_level >= 0:
         return True
-    stack = torch._C._functorch.get_interpreter_stack()
+    stack = get_interpreter_stack()
     plain = torch._C._functorch.TransformType.Grad
     return stack is not None and not (len(stack) == 1 and stack[0].key() == plain)
 

@@ -250,7 +250,7 @@ class SequenceModule(RNNBase):
             if k and self.dropout and self.training:
                 x = torch.dropout(x, self.dropout, True)
             entering = None if states is None else tuple(s[k] for s in states)
-            layers.append(functional.step(cell, x, entering, w, self.backend))
+            layers.append(functional.step(cell, x, entering, w[:4], self.backend))
             x = layers[-1][0]
         if len(layers) == 1:
             states = tuple(s.unsqueeze(0) for s in layers[0])

@@ -97,7 +97,7 @@ def test_a_small_step_is_as_good_as_torchs(case):
     operands = make_operands(**case)
     ours = cpu.small_step(cell, *operands.values())
     assert ours is not None
-    assert (ours[1] is None) == (cell.states == 1)
+    assert len(ours) == cell.states
     torchs = torch_cell(cell, *operands.values())
     oracle = oracle_step(cell, *to_double(operands).values())
     for place in range(cell.states):
@@ -203,8 +203,8 @@ def test_a_small_step_without_its_states_is_left_to_others(cell):
     if CELLS[cell].states == 2:
         assert cpu.small_step(CELLS[cell], *(operands | {"c": None}).values()) is None
     other = operands | {"c": torch.zeros(1, 8)}
-    h1, _ = cpu.small_step(CELLS[cell], *other.values())
-    assert h1.isfinite().all()
+    for state in cpu.small_step(CELLS[cell], *other.values()):
+        assert state.isfinite().all()
 
 
 def pointwise(cell: str, dtype: torch.dtype, shape: tuple[int, int], device: str = "cpu"):

@@ -8,8 +8,8 @@ algorithm), and one or more of
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
   a ``layer``, which runs cells under autocast, it may count on one dtype;
-- ``small_step(...)``: the same where nothing watches the computation, or ``None`` for "not this
-  one"; asked where its ``is_small(problem)`` says so.
+- ``small_step(...)``: the same where nothing watches the computation, not even autograd, or
+  ``None`` for "not this one". It is in ``SMALL_STEPS``, and asked before anything is chosen.
 
 One with several algorithms has their names in ``ALGORITHMS``, ``lacks(algorithm, problem)`` for the
 reason why one of them cannot run the problem; its ``explain`` takes the name of one that was asked
@@ -77,6 +77,9 @@ BACKENDS: dict[str, ModuleType] = {
     backend.NAME: backend for backend in (cpu, cuda, triton, torch_nn, reference)
 }
 
+
+# By the request that they may answer. ``auto`` would choose the same: see ``faster_than_torch``.
+SMALL_STEPS = {"auto": cpu.small_step, "cpu": cpu.small_step}
 
 _ALGORITHMS = {name: getattr(backend, "ALGORITHMS", ()) for name, backend in BACKENDS.items()}
 _NAMES = ["auto", *BACKENDS, *(f"{b}:{a}" for b, names in _ALGORITHMS.items() for a in names)]

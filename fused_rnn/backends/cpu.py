@@ -90,27 +90,17 @@ def small_step(
     w_hh: Tensor,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor | None] | None:
-    """:func:`cell_step` in one pass over the weights, for a few rows and no gradient.
+) -> tuple[Tensor, ...] | None:
+    """The next states, in one pass over the weights, for a few rows and no gradient.
 
     The caller has made sure that nothing watches the computation: this goes past the dispatcher,
-    which takes longer than the step itself. ``None`` says that an operand is not plain contiguous
-    memory of the right size.
+    which takes longer than the step itself. ``None`` says that this is not :func:`is_small`, or
+    that an operand is not plain contiguous memory of the right size.
     """
-    # A view may carry its sign as a bit beside the memory. Written out: a loop over the operands
-    # takes a tenth of the whole step.
-    if (
-        x.is_neg()
-        or h.is_neg()
-        or w_ih.is_neg()
-        or w_hh.is_neg()
-        or (c is not None and c.is_neg())
-        or (b_ih is not None and b_ih.is_neg())
-        or (b_hh is not None and b_hh.is_neg())
-    ):
+    if (N := x.size(0)) > SMALL_ROWS and N * (w_ih.numel() + w_hh.numel()) > SMALL_PRODUCTS:
         return None
     h1 = torch.empty_like(h)
     c1 = None if c is None else torch.empty_like(c)
     if not native.small_step(cell.id, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1):
         return None
-    return h1, c1
+    return (h1,) if cell.states == 1 or c1 is None else (h1, c1)
