@@ -85,13 +85,16 @@ class Plain {
  public:
   explicit Plain(DLDataType type) : type_(type) {}
 
+  static bool is_negated(PyObject* tensor) {
+    PyObject* const said = PyObject_Vectorcall(connection.is_neg, &tensor, 1, nullptr);
+    Py_XDECREF(said);  // of True and False there is one each
+    return said != Py_False;
+  }
+
   static bool view(pybind11::handle object, DLTensor* out) {
     const PyTypeObject* type = Py_TYPE(object.ptr());
     if (type != connection.tensor && type != connection.parameter) return false;
-    PyObject* const self = object.ptr();
-    const auto negated = pybind11::reinterpret_steal<pybind11::object>(
-        PyObject_Vectorcall(connection.is_neg, &self, 1, nullptr));
-    if (negated.ptr() == Py_False &&
+    if (!is_negated(object.ptr()) &&
         connection.torch->dltensor_from_py_object_no_sync(object.ptr(), out) == 0)
       return true;
     PyErr_Clear();  // torch has no plain memory for it; the caller has another way
@@ -131,10 +134,11 @@ int scalar_of(DLDataType type) {
 }
 
 // One step of a cell into h1 and c1; false, with nothing done, where an operand is not plain
-// memory of the right kind and size.
+// memory of the right kind and size, or where there are more rows and more multiplications.
 bool small_step(int cell, pybind11::handle x, pybind11::handle h, pybind11::handle c,
                 pybind11::handle w_ih, pybind11::handle w_hh, pybind11::handle b_ih,
-                pybind11::handle b_hh, pybind11::handle h1, pybind11::handle c1) {
+                pybind11::handle b_hh, pybind11::handle h1, pybind11::handle c1, int64_t rows,
+                int64_t products) {
   DLTensor input, state;
   if (!connection.kernel || !Plain::view(x, &input) || !Plain::view(h, &state)) return false;
   if (input.ndim != 2 || state.ndim != 2 || cell < 0 || cell >= fused_rnn::kCellCount) return false;
@@ -142,6 +146,7 @@ bool small_step(int cell, pybind11::handle x, pybind11::handle h, pybind11::hand
   const int64_t N = input.shape[0], I = input.shape[1], H = state.shape[1];
   const int64_t gates = fused_rnn::kCellShapes[cell].gates * H;
   const bool no_c = fused_rnn::kCellShapes[cell].states == 1;
+  if (N > rows && N * gates * (I + H) > products) return false;
   const Plain plain(input.dtype);
   void *px, *ph, *pc, *pw_ih, *pw_hh, *pb_ih, *pb_hh, *ph1, *pc1;
   if (scalar < 0 || !plain.get(input, {N, I}, &px) || !plain.get(state, {N, H}, &ph) ||
@@ -167,7 +172,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("connect", &connect, "Tell small_step() torch's tensor types and the kernel's address.");
   m.def("small_step", &small_step,
         "One step of a cell into h1 and c1, or False with nothing done where an operand is not "
-        "plain contiguous CPU memory of the right dtype and shape.");
+        "plain contiguous CPU memory of the right dtype and shape, or the step is not small.");
   m.def(
       "instruction_set", [] { return fused_rnn::best_isa().name; },
       "The instruction set whose kernels run in this process.");

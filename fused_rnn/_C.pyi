@@ -29,6 +29,8 @@ def small_step(
     b_hh: object,
     h1: object,
     c1: object,
+    rows: int,
+    products: int,
 ) -> bool: ...
 def plan(
     *,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
@@ -67,9 +67,11 @@ class _OneStateCell(CellModule):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
-        if type(input) is type(hx) is Tensor and input.dim() == hx.dim() == 2:
+        if type(hx) is Tensor and not is_grad_enabled():
             # The common case, at once.
-            return functional.step(self._cell, input, (hx,), self._weights(), self.backend)[0]
+            stepped = functional.small_step(self._cell, input, (hx,), self._weights(), self.backend)
+            if stepped is not None:
+                return stepped[0]
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)
         self._check_dim("input", input)
@@ -156,14 +158,11 @@ class LSTMCell(CellModule):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
-        if (
-            type(input) is Tensor
-            and type(hx) is tuple
-            and len(hx) == 2
-            and input.dim() == hx[0].dim() == hx[1].dim() == 2
-        ):
+        if type(hx) is tuple and len(hx) == 2 and not is_grad_enabled():
             # The common case, at once.
-            return functional.step(self._cell, input, hx, self._weights(), self.backend)
+            stepped = functional.small_step(self._cell, input, hx, self._weights(), self.backend)
+            if stepped is not None:
+                return stepped
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)
         self._check_dim("input", input)

@@ -179,17 +179,13 @@ def step(
     """
     if states is None:
         states = (input.new_zeros(input.size(0), weights[1].size(1)),) * cell.states
+    grad = torch.is_grad_enabled() and needs_grad((input, *states, *weights))
+    if not grad and (stepped := small_step(cell, input, states, weights, backend)):
+        return stepped
     h, c = states if cell.states == 2 else (states[0], None)
     if _is_plain(input, states):
-        grad = torch.is_grad_enabled() and needs_grad((input, *states, *weights))
         name = requested(backend)
-        small_step = None if grad else SMALL_STEPS.get(name)
         try:
-            stepped = small_step and small_step(cell, input, h, c, *weights)
-            if stepped:
-                if LOG:
-                    select(describe_step(cell, input, states, weights), name)
-                return stepped
             shapes = (input.shape, weights[1].shape)
             cell_step = _cell_step(cell.name, input.dtype, input.device, shapes, grad, name)
             if cell_step is not None:
@@ -207,6 +203,21 @@ def step(
     w, entering = Weights(*weights), (h,) if c is None else (h, c)
     _, _, final = _layer(chosen, cell, input.unsqueeze(0), entering, w)
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
+
+
+def small_step(
+    cell: Cell, input: Tensor, states: States, weights: CellWeights, backend: str
+) -> States | None:
+    """The next states as :func:`step` has them, where no gradient is needed, the step is small and
+    plain, and the backend has a kernel for it; else ``None``."""
+    kernel = SMALL_STEPS.get(requested(backend))
+    if kernel is None or not _is_plain(input, states):
+        return None
+    c = states[1] if cell.states == 2 else None
+    stepped: States | None = kernel(cell, input, states[0], c, *weights)
+    if LOG and stepped:
+        select(describe_step(cell, input, states, weights), requested(backend))
+    return stepped
 
 
 def _is_plain(input: Tensor, states: States) -> bool:

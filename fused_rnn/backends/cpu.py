@@ -97,10 +97,9 @@ def small_step(
     which takes longer than the step itself. ``None`` says that this is not :func:`is_small`, or
     that an operand is not plain contiguous memory of the right size.
     """
-    if (N := x.size(0)) > SMALL_ROWS and N * (w_ih.numel() + w_hh.numel()) > SMALL_PRODUCTS:
-        return None
     h1 = torch.empty_like(h)
     c1 = None if c is None else torch.empty_like(c)
-    if not native.small_step(cell.id, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1):
+    operands = (x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if not native.small_step(cell.id, *operands, h1, c1, SMALL_ROWS, SMALL_PRODUCTS):
         return None
     return (h1,) if cell.states == 1 or c1 is None else (h1, c1)
