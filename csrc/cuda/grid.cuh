@@ -25,6 +25,7 @@ namespace fused_rnn::cuda {
 
 struct GridTeam {
   GridCut cut;
+  int directions;  // neighbouring groups run the same rows, each in its direction
   int64_t N, H;
   uint64_t* words;
 };
@@ -72,6 +73,10 @@ struct GridBlock {
 
   // Asked for where they are needed: registers hold weights.
   FUSED_RNN_DEVICE int group() const { return block_index().x / team.cut.team; }
+  FUSED_RNN_DEVICE int direction() const { return group() % team.directions; }
+  // Of the group's tiles: the first one, and how far it is to the next.
+  FUSED_RNN_DEVICE int first_tile() const { return group() / team.directions; }
+  FUSED_RNN_DEVICE int next_tile() const { return team.cut.groups / team.directions; }
   FUSED_RNN_DEVICE int lines() const { return team.cut.team / team.cut.line; }
   FUSED_RNN_DEVICE int line() const { return block_index().x % team.cut.team % lines(); }
   FUSED_RNN_DEVICE int words() const { return GridShape(kShape).words(team.cut.granule); }

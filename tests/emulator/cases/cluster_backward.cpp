@@ -10,7 +10,7 @@ template <int kTeam>
 Outcome test_lstm(uint64_t seed) {
   BackwardProblem problem;
   constexpr BackwardShape kShape = backward_shape(4, 2, 4, 2, kH, 8);
-  const ClusterBackward<bf16> a{problem.loop(), backward_cut(kShape, kH, kTeam)};
+  const ClusterBackward<bf16> a{{problem.loop()}, 1, backward_cut(kShape, kH, kTeam)};
   Launch launch{.name = "cluster_backward", .grid = {kTeam}, .seed = seed};
   launch.block = {32 * a.cut.warps};
   launch.shared_bytes = size_t(BackwardShared(kShape, a.cut).bytes);

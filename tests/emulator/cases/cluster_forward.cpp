@@ -11,7 +11,7 @@ template <int kTeam>
 Outcome test_lstm(uint64_t seed) {
   ForwardProblem problem;
   constexpr WarpShape kShape = warp_shape(4, 2, 4, 2, kH, kTeam, 8);
-  const ClusterForward<bf16> a{problem.layer(), cluster_cut(kShape, kH, kTeam)};
+  const ClusterForward<bf16> a{{problem.layer()}, 1, cluster_cut(kShape, kH, kTeam)};
   Launch launch{.name = "cluster_forward", .grid = {kTeam}, .seed = seed};
   launch.block = {32 * a.cut.warps()};
   launch.shared_bytes =

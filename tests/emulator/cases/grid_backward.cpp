@@ -14,7 +14,7 @@ Outcome test_lstm(uint64_t seed, int N = 3) {
   const GridCut cut = grid_cut(kShape, kH, kTeam, kGroups, kLine, kOverlaid, kGranule);
   Memory<uint64_t> words("words", size_t(grid_words(kShape, cut)));
   words.fill(0);
-  const GridBackward<bf16> a{problem.loop(), {cut, N, kH, words.data()}};
+  const GridBackward<bf16> a{{problem.loop()}, {cut, 1, N, kH, words.data()}};
   Launch launch{.name = "grid_backward", .grid = {kTeam * kGroups}, .seed = seed};
   launch.block = {32 * kGridWarps};
   launch.shared_bytes = size_t(GridShared(kShape, cut).bytes);

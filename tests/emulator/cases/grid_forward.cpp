@@ -16,7 +16,7 @@ Outcome test_lstm(uint64_t seed, int N = 3) {
   words.fill(0);
   Memory<bf16> operand("operand", size_t(N * kH));
   operand.fill(from_float<bf16>(0));
-  const GridForward<bf16> a{problem.layer(), {cut, N, kH, words.data()}, operand.data()};
+  const GridForward<bf16> a{{problem.layer()}, {cut, 1, N, kH, words.data()}, operand.data()};
   Launch launch{.name = "grid_forward", .grid = {kTeam * kGroups}, .seed = seed};
   launch.block = {32 * kGridWarps};
   launch.shared_bytes = size_t(GridShared(kShape, cut).bytes);
