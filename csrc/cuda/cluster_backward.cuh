@@ -65,8 +65,8 @@ struct BackwardWarp {
     sums = reinterpret_cast<float*>(shared + place.sums);
     arrived = reinterpret_cast<Mbarrier*>(shared + place.barriers);
     rank = cluster_rank();
-    block_unit = int(unit_begin(loop.layer.H, kUnits, a.cut.team, rank));
-    units_end = int(unit_begin(loop.layer.H, kUnits, a.cut.team, rank + 1));
+    block_unit = int(unit_begin(sizes().H, kUnits, a.cut.team, rank));
+    units_end = int(unit_begin(sizes().H, kUnits, a.cut.team, rank + 1));
     own_tiles = (units_end - block_unit + kUnits - 1) / kUnits;
     piece = warp() / kTiles < own_tiles ? warp() / kTiles : -1;
     tile = warp() % kTiles;
@@ -76,10 +76,10 @@ struct BackwardWarp {
     bytes = 0;
     FUSED_RNN_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t left = (loop.layer.N - first_row - 8 * t + 1) / 2;  // pairs of rows
+      const int64_t left = (sizes().N - first_row - 8 * t + 1) / 2;  // pairs of rows
       bytes += a.cut.team * own_tiles * 8 * 16 * int(left < 0 ? 0 : left < 4 ? left : 4);
     }
-    const int blocks = int((loop.layer.H + kUnits - 1) / kUnits);
+    const int blocks = int((sizes().H + kUnits - 1) / kUnits);
     FUSED_RNN_UNROLL
     for (int m = 0; m < kM; ++m) {
       const int block = warp() * kM + m, owner = ((block + 1) * a.cut.team - 1) / blocks;
@@ -87,6 +87,8 @@ struct BackwardWarp {
     }
   }
 
+  // All directions have the same; those of the first stand in instructions, not in registers.
+  FUSED_RNN_DEVICE const BackwardLayer<T>& sizes() const { return a.loops[0].layer; }
   // Neighbouring clusters run the same rows, each in its direction.
   FUSED_RNN_DEVICE int cluster_index() const { return block_index().x / a.cut.team; }
   FUSED_RNN_DEVICE int64_t row_of(int of_tile) const { return row + 8 * (of_tile - tile); }
@@ -105,11 +107,11 @@ struct BackwardWarp {
     if (piece < 0 || unit >= units_end) return;
     FUSED_RNN_UNROLL
     for (int j = 0; j < 2; ++j)
-      if (row + j < loop.layer.N) run(j, row + j);
+      if (row + j < sizes().N) run(j, row + j);
   }
   // W_hh, transposed: its rows are units, K the gates of the block's units, unit by unit.
   FUSED_RNN_DEVICE void load_weights() {
-    const int64_t H = loop.layer.H;
+    const int64_t H = sizes().H;
     const int first = warp() * kM, count = (units_end - block_unit) * kGates;
     if (destinations[0] < 0) return;  // the warp only owns a piece
     char* const all = shared_memory<char>() + place.weights;
@@ -134,7 +136,7 @@ struct BackwardWarp {
       store(operands + i, from_float<T>(0));
     load_weights();
     each_row([&](int j, int64_t n) { rows[j].load_carried(loop, n, unit, units_end); });
-    fetch(loop.layer.loop.T - 1);
+    fetch(sizes().loop.T - 1);
     if (a.cut.team > 1)
       cluster_sync();
     else
@@ -153,13 +155,13 @@ struct BackwardWarp {
       return;
     }
     if (piece >= 0 && turn > 0) mbarrier_wait(arrived + (turn - 1) % 2, int((turn - 1) / 2 % 2));
-    if (thread_index().x == 0 && turn < loop.layer.loop.T)
+    if (thread_index().x == 0 && turn < sizes().loop.T)
       mbarrier_arrive_expect(arrived + turn % 2, bytes);
   }
 
   // What the steps after this one send into the carried hidden state of the lane's units and rows.
   FUSED_RNN_DEVICE void gather(int64_t turn) {
-    if (piece < 0 || turn == 0 || row >= loop.layer.N) return;
+    if (piece < 0 || turn == 0 || row >= sizes().N) return;
     float sum[4] = {};
     for (int from = 0; from < a.cut.team; ++from) {
       const auto part = load_vector<4>(arriving(turn - 1, from, piece, tile) + lane() * 4);
@@ -207,7 +209,7 @@ struct BackwardWarp {
       if (to < 0) return;
       FUSED_RNN_UNROLL
       for (int t = 0; t < kTiles; ++t) {
-        if (row_of(t) >= loop.layer.N) continue;  // nobody asks
+        if (row_of(t) >= sizes().N) continue;  // nobody asks
         const Vector<float, 4> part = {{sum[m][t][0], sum[m][t][1], sum[m][t][2], sum[m][t][3]}};
         float* const at = arriving(turn, rank, of_peer, t) + lane() * 4;
         if (a.cut.team == 1)
@@ -234,7 +236,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
   // A block alone has at most 8 pieces, so 128 units: two tiles a warp.
   if constexpr (!has_clusters() && kM > 2) return unsupported("clusters need sm_90");
   BackwardWarp<Cell, T, kM, kTiles> warp(a);
-  const int64_t T_ = warp.loop.layer.loop.T;
+  const int64_t T_ = warp.sizes().loop.T;
   warp.start();
   for (int64_t turn = 0; turn < T_; ++turn) {
     const int64_t step = T_ - 1 - turn;

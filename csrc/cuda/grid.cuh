@@ -1,6 +1,6 @@
-// What both directions of the grid algorithm share: a team of blocks, all on the chip at the same
-// time, holds a matrix of weights, and each turn every block multiplies its rows by what all of
-// them have just made.
+// What forward and backward of the grid algorithm share: a team of blocks, all on the chip at the
+// same time, holds a matrix of weights, and each turn every block multiplies its rows by what all
+// of them have just made.
 //
 // A block's 8 warps all have its rows; each has a part of K. The sums of the parts meet in shared
 // memory. There a thread takes the units that it owns, one row of the batch each: `granule`
