@@ -43,6 +43,21 @@ struct Layer {
   bool tf32;               // float32 may be multiplied in TF32
 };
 
+// What one call runs: a layer in one direction, or both directions of a layer, which have all
+// sizes, x and rows in common.
+inline constexpr int kMostDirections = 2;
+template <class Args>
+struct Directions {
+  const Args* first;
+  int count;
+
+  Directions(const Args& only) : first(&only), count(1) {}
+  Directions(const Args* first, int count) : first(first), count(count) {}
+  const Args* begin() const { return first; }
+  const Args* end() const { return first + count; }
+  const Args& operator[](int i) const { return first[i]; }
+};
+
 // io: the dtype of x. carry: float for the half types, else io.
 struct ForwardArgs : Layer {
   bool save;

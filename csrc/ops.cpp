@@ -2,6 +2,7 @@
 #include "ops.h"
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/ops.h>
@@ -112,9 +113,9 @@ struct Problem {
   Operands operands;
   std::vector<Tensor> keep_alive;
 
-  Problem(const Device& device, int64_t cell_id, const Inputs& inputs, bool reverse,
-          const Options& options)
-      : operands("x", inputs.x) {
+  Problem(const Device& device, int64_t cell_id, const Direction& of) : operands("x", of.inputs.x) {
+    const Inputs& inputs = of.inputs;
+    const Options& options = of.options;
     const Tensor &x = inputs.x, &w_hh = inputs.w_hh;
     STD_TORCH_CHECK(options.algorithm >= 0 && options.algorithm <= device.algorithms,
                     "fused_rnn: this device has no algorithm ", options.algorithm);
@@ -127,7 +128,7 @@ struct Problem {
                     "fused_rnn: w_hh must be [", cell.gates, "*H, R], got ",
                     to_string(w_hh.sizes().data(), w_hh.sizes().size()));
     layer.cell = int(cell_id);
-    layer.reverse = reverse;
+    layer.reverse = of.reverse;
     layer.algorithm = options.algorithm;
     layer.tf32 = options.tf32;
     layer.H = w_hh.size(0) / cell.gates;
@@ -177,11 +178,18 @@ struct Problem {
   }
 };
 
-}  // namespace
+// The arguments of a device and the results behind them, and what keeps the operands alive.
+template <class Args, class Result>
+struct Call {
+  Problem problem;
+  Args args;
+  Result result;
+};
 
-ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs, bool reverse,
-                        bool save, const Options& options) {
-  Problem p(device, cell, inputs, reverse, options);
+Call<ForwardArgs, ForwardResult> prepare(const Device& device, int64_t cell, const Direction& of,
+                                         bool save) {
+  Problem p(device, cell, of);
+  const Inputs& inputs = of.inputs;
   const Tensor& x = inputs.x;
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
   const bool saves_c = save && p.has_c(), saves_gates = save && p.cell.saved;
@@ -205,14 +213,15 @@ ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs
   args.h_n = h_n.mutable_data_ptr();
   args.c_n = p.has_c() ? c_n.mutable_data_ptr() : nullptr;
   args.saved = saves_gates ? saved.mutable_data_ptr() : nullptr;
-  if (N > 0) device.forward(args, inputs.x);
-  return {h, c, h_n, c_n, saved};
+  return {std::move(p), args, {h, c, h_n, c_n, saved}};
 }
 
-BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wanted,
-                                  const OutputGradients& grads, const Kept& kept,
-                                  const Inputs& inputs, bool reverse, const Options& options) {
-  Problem p(device, cell, inputs, reverse, options);
+Call<BackwardArgs, BackwardResult> prepare(const Device& device, int64_t cell,
+                                           const DirectionBackward& back) {
+  const Inputs& inputs = back.of.inputs;
+  const OutputGradients& grads = back.grads;
+  const Kept& kept = back.kept;
+  Problem p(device, cell, back.of);
   const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R, I = p.layer.I;
   const Operands& operands = p.operands;
   STD_TORCH_CHECK(!p.layer.keep_share,
@@ -233,7 +242,7 @@ BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wa
 
   // Empty where it is not wanted. A batch of none has gradients too: zeros.
   const auto gradient = [&](int64_t bit, bool exists, Shape shape, void*& data) {
-    const bool given = (wanted & bit) && exists;
+    const bool given = (back.wanted & bit) && exists;
     if (!given) shape = {0};
     Tensor x =
         N > 0 ? allocate(inputs.x, shape, p.io) : torch::stable::new_zeros(inputs.x, shape, p.io);
@@ -246,13 +255,59 @@ BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wa
   const Tensor db_ih = gradient(kBiasIh, has_w_ih, {p.gates()}, args.db_ih);
   const Tensor dw_hh = gradient(kWeightHh, true, {p.gates(), R}, args.dw_hh);
   const Tensor db_hh = gradient(kBiasHh, true, {p.gates()}, args.db_hh);
-  const Tensor dw_hr = gradient(kWeightHr, options.w_hr.has_value(), {R, H}, args.dw_hr);
+  const Tensor dw_hr = gradient(kWeightHr, back.of.options.w_hr.has_value(), {R, H}, args.dw_hr);
   const Tensor dh0 = allocate(inputs.x, {N, R}, p.carry);
   const Tensor dc0 = allocate(inputs.x, p.has_c() ? Shape{N, H} : Shape{0}, p.carry);
   args.dh0 = dh0.mutable_data_ptr();
   args.dc0 = p.has_c() ? dc0.mutable_data_ptr() : nullptr;
-  if (N > 0) device.backward(args, inputs.x);
-  return {dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0, dw_hr};
+  return {std::move(p), args, {dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0, dw_hr}};
+}
+
+// Runs the directions that are prepared: there is one at least.
+template <class Args, class Result>
+std::vector<Result> run(void (*on_device)(Directions<Args>, const Tensor&), const Tensor& x,
+                        const std::vector<Call<Args, Result>>& calls) {
+  std::vector<Args> all;
+  std::vector<Result> results;
+  for (const auto& call : calls) {
+    const Layer &a = call.args, &first = calls[0].args;
+    STD_TORCH_CHECK(a.H == first.H && a.R == first.R && !a.w_ih == !first.w_ih,
+                    "fused_rnn: the weights of both directions must have the same sizes");
+    all.push_back(call.args);
+    results.push_back(call.result);
+  }
+  if (all[0].N > 0) on_device(Directions<Args>(all.data(), int(all.size())), x);
+  return results;
+}
+
+}  // namespace
+
+std::vector<ForwardResult> run_layer(const Device& device, int64_t cell,
+                                     const std::vector<Direction>& directions, bool save) {
+  std::vector<Call<ForwardArgs, ForwardResult>> calls;
+  for (const Direction& of : directions) calls.push_back(prepare(device, cell, of, save));
+  return run(device.forward, directions[0].inputs.x, calls);
+}
+
+std::vector<BackwardResult> run_layer_backward(const Device& device, int64_t cell,
+                                               const std::vector<DirectionBackward>& directions) {
+  std::vector<Call<BackwardArgs, BackwardResult>> calls;
+  for (const DirectionBackward& back : directions) calls.push_back(prepare(device, cell, back));
+  return run(device.backward, directions[0].of.inputs.x, calls);
+}
+
+std::vector<Direction> both_directions(const Tensor& x, const std::vector<OptionalTensor>& forward,
+                                       const std::vector<OptionalTensor>& reverse,
+                                       const OptionalTensor& rows, int64_t algorithm, bool tf32) {
+  const auto direction = [&](const std::vector<OptionalTensor>& own, bool is_reverse) -> Direction {
+    STD_TORCH_CHECK(own.size() == 10 && own[2],
+                    "fused_rnn: a direction is w_ih, b_ih, w_hh, b_hh, h0, c0, control, w_hr, "
+                    "h_mask and keep; all but w_hh may be None");
+    return {{x, own[0], own[1], *own[2], own[3], own[4], own[5]},
+            is_reverse,
+            {own[6], rows, own[7], own[8], own[9], algorithm, tf32}};
+  };
+  return {direction(forward, false), direction(reverse, true)};
 }
 
 StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const Tensor& gh,

@@ -5,6 +5,7 @@
 #include <exception>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,8 +20,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 // `like` is of the io dtype, and where the call runs: what needs workspace allocates it there.
 struct Device {
-  void (*forward)(const ForwardArgs&, const Tensor& like);
-  void (*backward)(const BackwardArgs&, const Tensor& like);
+  void (*forward)(Directions<ForwardArgs>, const Tensor& like);
+  void (*backward)(Directions<BackwardArgs>, const Tensor& like);
   void (*step)(const StepArgs&, const Tensor& like);
   void (*step_backward)(const StepArgs&, const Tensor& like);
   int64_t algorithms;  // how many there are to choose among by number, from 1 on
@@ -50,6 +51,12 @@ struct Inputs {
   Tensor w_hh;
   OptionalTensor b_hh, h0, c0;
 };
+// A layer in one direction.
+struct Direction {
+  Inputs inputs;
+  bool reverse;
+  Options options;
+};
 // dL/d of what forward returned.
 struct OutputGradients {
   OptionalTensor dh, dc, dh_n, dc_n;
@@ -57,6 +64,14 @@ struct OutputGradients {
 // What forward left behind.
 struct Kept {
   Tensor h, c, saved;
+};
+
+// The backward of a layer in one direction.
+struct DirectionBackward {
+  int64_t wanted;
+  OutputGradients grads;
+  Kept kept;
+  Direction of;
 };
 
 // Which gradients a backward is asked for, bit by bit. The states' are a by-product.
@@ -72,12 +87,12 @@ enum WantedBits : int64_t {
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs, bool reverse,
-                        bool save, const Options& options);
+// One direction of a layer, or both in one call of the device.
+std::vector<ForwardResult> run_layer(const Device& device, int64_t cell,
+                                     const std::vector<Direction>& directions, bool save);
 
-BackwardResult run_layer_backward(const Device& device, int64_t cell, int64_t wanted,
-                                  const OutputGradients& grads, const Kept& kept,
-                                  const Inputs& inputs, bool reverse, const Options& options);
+std::vector<BackwardResult> run_layer_backward(const Device& device, int64_t cell,
+                                               const std::vector<DirectionBackward>& directions);
 
 using StepResult = std::tuple<Tensor, Tensor, Tensor>;
 using StepBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -96,8 +111,10 @@ ForwardResult layer_op(int64_t cell, Tensor x, OptionalTensor w_ih, OptionalTens
                        bool reverse, bool save, OptionalTensor control, OptionalTensor rows,
                        OptionalTensor w_hr, OptionalTensor h_mask, OptionalTensor keep,
                        int64_t algorithm, bool tf32) {
-  return run_layer(kDevice, cell, {x, w_ih, b_ih, w_hh, b_hh, h0, c0}, reverse, save,
-                   {control, rows, w_hr, h_mask, keep, algorithm, tf32});
+  const Direction only{{x, w_ih, b_ih, w_hh, b_hh, h0, c0},
+                       reverse,
+                       {control, rows, w_hr, h_mask, keep, algorithm, tf32}};
+  return run_layer(kDevice, cell, {only}, save)[0];
 }
 
 template <const Device& kDevice>
@@ -108,9 +125,52 @@ BackwardResult layer_backward_op(int64_t cell, int64_t wanted, OptionalTensor dh
                                  OptionalTensor control, OptionalTensor rows, OptionalTensor w_hr,
                                  OptionalTensor h_mask, OptionalTensor keep, int64_t algorithm,
                                  bool tf32) {
-  return run_layer_backward(kDevice, cell, wanted, {dh, dc, dh_n, dc_n}, {h, c, saved},
-                            {x, w_ih, std::nullopt, w_hh, std::nullopt, h0, c0}, reverse,
-                            {control, rows, w_hr, h_mask, keep, algorithm, tf32});
+  const Direction only{{x, w_ih, std::nullopt, w_hh, std::nullopt, h0, c0},
+                       reverse,
+                       {control, rows, w_hr, h_mask, keep, algorithm, tf32}};
+  return run_layer_backward(kDevice, cell,
+                            {{wanted, {dh, dc, dh_n, dc_n}, {h, c, saved}, only}})[0];
+}
+
+// A direction's own arguments come as a list, in the order in which `layer` has them.
+std::vector<Direction> both_directions(const Tensor& x, const std::vector<OptionalTensor>& forward,
+                                       const std::vector<OptionalTensor>& reverse,
+                                       const OptionalTensor& rows, int64_t algorithm, bool tf32);
+
+// Results of the forward direction, then those of the reverse one.
+template <class Result>
+std::vector<Tensor> in_one_list(const std::vector<Result>& results) {
+  std::vector<Tensor> all;
+  for (const Result& result : results)
+    std::apply([&](const auto&... x) { (all.push_back(x), ...); }, result);
+  return all;
+}
+
+template <const Device& kDevice>
+std::vector<Tensor> bidirectional_op(int64_t cell, Tensor x, std::vector<OptionalTensor> forward,
+                                     std::vector<OptionalTensor> reverse, bool save,
+                                     OptionalTensor rows, int64_t algorithm, bool tf32) {
+  const auto directions = both_directions(x, forward, reverse, rows, algorithm, tf32);
+  return in_one_list(run_layer(kDevice, cell, directions, save));
+}
+
+template <const Device& kDevice>
+std::vector<Tensor> bidirectional_backward_op(int64_t cell, std::vector<int64_t> wanted,
+                                              std::vector<OptionalTensor> grads,
+                                              std::vector<Tensor> kept, Tensor x,
+                                              std::vector<OptionalTensor> forward,
+                                              std::vector<OptionalTensor> reverse,
+                                              OptionalTensor rows, int64_t algorithm, bool tf32) {
+  STD_TORCH_CHECK(wanted.size() == 2 && grads.size() == 8 && kept.size() == 6,
+                  "fused_rnn: bidirectional_backward takes 2 wanted, 8 grads and 6 kept");
+  const auto directions = both_directions(x, forward, reverse, rows, algorithm, tf32);
+  std::vector<DirectionBackward> all;
+  for (size_t i = 0; i < 2; ++i) {
+    const OptionalTensor* const dy = &grads[4 * i];
+    const Tensor* const y = &kept[3 * i];
+    all.push_back({wanted[i], {dy[0], dy[1], dy[2], dy[3]}, {y[0], y[1], y[2]}, directions[i]});
+  }
+  return in_one_list(run_layer_backward(kDevice, cell, all));
 }
 
 template <const Device& kDevice>
@@ -130,6 +190,8 @@ template <const Device& kDevice, class Library>
 void implement_ops(Library& library) {
   library.impl("layer", TORCH_BOX(&layer_op<kDevice>));
   library.impl("layer_backward", TORCH_BOX(&layer_backward_op<kDevice>));
+  library.impl("bidirectional", TORCH_BOX(&bidirectional_op<kDevice>));
+  library.impl("bidirectional_backward", TORCH_BOX(&bidirectional_backward_op<kDevice>));
   library.impl("step", TORCH_BOX(&step_op<kDevice>));
   library.impl("step_backward", TORCH_BOX(&step_backward_op<kDevice>));
 }

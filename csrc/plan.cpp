@@ -97,6 +97,7 @@ struct Planner {
   struct Cut {
     Algorithm algorithm;
     int64_t team, granule, batch_tile, active;
+    int64_t directions;  // of a launch
     int64_t line = 1;
     bool overlaid = false;
   };
@@ -139,15 +140,15 @@ Plan Planner::stepwise() const {
   const bool cached = plan.weight_bytes <= device.l2_bytes;
   const double multiply =
       double(plan.rows * R + projection) * problem.N / (fma_per_cycle() * device.sms) * us;
-  const int kernels = problem.P ? 3 : 2;
+  const int64_t directions = problem.directions, kernels = directions * (problem.P ? 3 : 2);
   plan.costs = {
       {std::to_string(kernels) + " kernels a step", kernels * kKernelUs},
       {kilobytes(plan.weight_bytes) + " of weights read from " + (cached ? "L2" : "DRAM"),
-       cached ? from_l2 : from_dram},
-      {"multiplication", multiply},
+       double(directions) * (cached ? from_l2 : from_dram)},
+      {"multiplication", double(directions) * multiply},
   };
   // A GEMM reads while it multiplies.
-  plan.us_per_step = plan.costs[0].us + std::max(plan.costs[1].us, multiply);
+  plan.us_per_step = plan.costs[0].us + std::max(plan.costs[1].us, plan.costs[2].us);
   return plan;
 }
 
@@ -197,7 +198,8 @@ double Planner::exchanged_bytes(const Cut& cut, const Product& part, int64_t uni
 void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
   const bool grid = cut.algorithm == Algorithm::kGrid;
   const int64_t tile = std::min(cut.batch_tile, problem.N);
-  const double cycle = us * plan->waves;
+  const int64_t launches = problem.directions / cut.directions;
+  const double cycle = us * double(plan->waves * launches);
   const double arrives = exchanged_bytes(cut, part, plan->units) * tile;
   const double reads = double(plan->shared_weight_bytes) * ceil_div(tile, kColumns);
   const double rate = grid ? kL2BytesPerCycle : kPeerBytesPerCycle;
@@ -222,7 +224,7 @@ void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
   plan->us_per_step -= std::min(product, reads / kSharedBytesPerCycle) * cycle;
   // A cluster of a later wave loads the weights again, a group of the grid keeps them.
   const double loads = double(plan->weight_bytes) * (grid ? 1 : plan->waves);
-  plan->setup_us = kKernelUs + loads / kL2BytesPerCycle * us;
+  plan->setup_us = double(launches) * (kKernelUs + loads / kL2BytesPerCycle * us);
 }
 
 // `cluster` is built: cluster_layout.h says how.
@@ -296,7 +298,8 @@ Plan Planner::lay_out(const Cut& cut) const {
   plan.line = cut.line;
   plan.overlaid = cut.overlaid;
   plan.granule = cut.granule;
-  plan.tiles = ceil_div(problem.N, cut.batch_tile);
+  plan.directions = cut.directions;
+  plan.tiles = cut.directions * ceil_div(problem.N, cut.batch_tile);
   plan.teams = std::min(cut.active, plan.tiles);
   plan.waves = ceil_div(plan.tiles, plan.teams);
   // Clusters wait for nobody else, so later waves may start when earlier ones end; the grid's CTAs
@@ -368,7 +371,8 @@ std::string Planner::cluster(Plan* best) const {
     if (device.clusters[i] < 1 || ceil_div(problem.H, granule) < team) continue;
     for (int64_t tile = 8; tile <= 16 && (tile == 8 || tile / 2 < problem.N); tile *= 2)
       if (tile == 8 || !problem.backward || shape_of_backward(tile).m_tiles)
-        consider({Algorithm::kCluster, team, granule, tile, device.clusters[i]}, best, &nearest);
+        consider({Algorithm::kCluster, team, granule, tile, device.clusters[i], problem.directions},
+                 best, &nearest);
   }
   return verdict(*best, nearest);
 }
@@ -378,8 +382,10 @@ std::string Planner::grid(Plan* best) const {
   if (!reason.empty()) return reason;
   const bool exact = problem.arithmetic == Arithmetic::kFp32;
   Plan nearest;
-  const auto deal = [&](int64_t groups, int64_t granule, int64_t line) {
-    const int64_t blocks = ceil_div(problem.H, granule), most = device.sms / groups / line;
+  // Of a launch, `groups` for each of its directions.
+  const auto deal = [&](int64_t directions, int64_t groups, int64_t granule, int64_t line) {
+    const int64_t active = directions * groups;
+    const int64_t blocks = ceil_div(problem.H, granule), most = device.sms / active / line;
     const int64_t of_part = ceil_div(blocks, line);
     if (most == 0) return;
     const int64_t lines = ceil_div(of_part, ceil_div(of_part, most));
@@ -387,14 +393,16 @@ std::string Planner::grid(Plan* best) const {
     for (int64_t tile = 8; tile <= (exact ? 8 : 16) && (tile == 8 || 8 < problem.N); tile *= 2)
       for (const bool overlaid : {false, true})
         if (groups <= ceil_div(problem.N, tile))
-          consider({Algorithm::kGrid, lines * line, granule, tile, groups, line, overlaid}, best,
-                   &nearest);
+          consider(
+              {Algorithm::kGrid, lines * line, granule, tile, active, directions, line, overlaid},
+              best, &nearest);
   };
-  for (int64_t groups = 1; groups <= device.sms; groups *= 2)
-    // Four halves take two words of three; eight take three.
-    for (int64_t granule = 4; granule <= 16 / bytes; granule *= 2)
-      for (int64_t line = 1; line <= (problem.backward ? kMostOfLine : 1); line *= 2)
-        deal(groups, granule, line);
+  for (int64_t directions = 1; directions <= problem.directions; ++directions)
+    for (int64_t groups = 1; groups <= device.sms; groups *= 2)
+      // Four halves take two words of three; eight take three.
+      for (int64_t granule = 4; granule <= 16 / bytes; granule *= 2)
+        for (int64_t line = 1; line <= (problem.backward ? kMostOfLine : 1); line *= 2)
+          deal(directions, groups, granule, line);
   return verdict(*best, nearest);
 }
 
@@ -406,6 +414,7 @@ void check(const PlanProblem& problem, const Gpu& device) {
   need(problem.T >= 0 && problem.N >= 0, "T and N must not be negative");
   need(problem.H > 0 && problem.H <= 1 << 24, "H must be from 1 to 2^24");
   need(problem.P >= 0 && problem.P < problem.H, "P must be from 0 (no projection) to H - 1");
+  need(problem.directions == 1 || problem.directions == 2, "a layer has one direction or two");
   need(problem.P == 0 || problem.cell == kLstm, "only the LSTM has a projection");
   need(device.capability >= 75, "CUDA devices before sm_75 are not supported");
   need(device.sms > 0 && device.clock_ghz > 0 && device.dram_gb_s > 0,

@@ -1,6 +1,6 @@
-// Which CUDA algorithm runs one layer in one direction, and how it is cut up. Pure host code: no
-// CUDA header and no GPU is needed to ask, so that every GPU's plans are tested on any machine.
-// The formulae and where their constants come from are in docs/cuda-plan.md.
+// Which CUDA algorithm runs one layer, in one direction or in both, and how it is cut up. Pure host
+// code: no CUDA header and no GPU is needed to ask, so that every GPU's plans are tested on any
+// machine. The formulae and where their constants come from are in docs/cuda-plan.md.
 #pragma once
 
 #include <stdint.h>
@@ -57,11 +57,12 @@ struct PlanProblem {
   Arithmetic arithmetic = Arithmetic::kFp32;
   int64_t T = 0, N = 0, H = 0, P = 0;  // P = 0: no projection
   bool backward = false;
+  int64_t directions = 1;
 };
 
 struct Cost {
   std::string what;
-  double us;  // of a step of the whole batch
+  double us;  // of a step of the whole batch, in all directions
 };
 
 // How one algorithm runs a problem.
@@ -70,9 +71,10 @@ struct Plan {
   int64_t team = 1;        // CTAs that hold W_hh together: a cluster, or a group of the grid
   int64_t line = 1;        // of these, how many have the same rows, each for its part of K
   bool overlaid = false;   // sums take the operand's place in shared memory
+  int64_t directions = 1;  // that one launch runs: all, or each has a launch of its own
   int64_t teams = 1;       // at work at a time
   int64_t batch_tile = 0;  // rows of the batch that a team runs together
-  int64_t tiles = 0;       // ceil(N / batch_tile)
+  int64_t tiles = 0;       // of a launch: directions * ceil(N / batch_tile)
   int64_t waves = 1;       // ceil(tiles / teams): tiles that run one after another
   int64_t ctas = 0;        // of the launch; 0: torch's GEMM decides
   int64_t granule = 1;     // units are dealt to CTAs in blocks of so many

@@ -17,6 +17,14 @@ inline constexpr const char* kLayerBackwardSchema =
     "dw_hh, Tensor db_hh, "
     "Tensor dh0, Tensor dc0, Tensor dw_hr)";
 
+inline constexpr const char* kBidirectionalSchema =
+    "bidirectional(int cell, Tensor x, Tensor?[] forward, Tensor?[] reverse, bool save, "
+    "Tensor? rows, int algorithm, bool tf32) -> Tensor[]";
+
+inline constexpr const char* kBidirectionalBackwardSchema =
+    "bidirectional_backward(int cell, int[] wanted, Tensor?[] grads, Tensor[] kept, Tensor x, "
+    "Tensor?[] forward, Tensor?[] reverse, Tensor? rows, int algorithm, bool tf32) -> Tensor[]";
+
 inline constexpr const char* kStepSchema =
     "step(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
     "-> (Tensor h1, Tensor c1, Tensor saved)";
@@ -30,6 +38,8 @@ template <class Library>
 void define_ops(Library& library) {
   library.def(kLayerSchema);
   library.def(kLayerBackwardSchema);
+  library.def(kBidirectionalSchema);
+  library.def(kBidirectionalBackwardSchema);
   library.def(kStepSchema);
   library.def(kStepBackwardSchema);
 }

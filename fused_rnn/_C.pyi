@@ -42,6 +42,7 @@ def plan(
     H: int,
     P: int,
     backward: bool,
+    directions: int,
     algorithm: str,
     proven_only: bool,
 ) -> Choice: ...

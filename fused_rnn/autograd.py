@@ -140,7 +140,8 @@ class _StepInTransform(_Step):
         ctx.save_for_backward(*tensors, h1, c1, saved)
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
+    """Whether a ``torch.func`` transform is at work."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -176,7 +177,7 @@ def step(
     """
     library = library or ops
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gx, gh, h, c)):
-        function = _StepInTransform if _in_transform() else _Step
+        function = _StepInTransform if in_transform() else _Step
         h1, c1, _ = function.apply(cell, library, gx, gh, h, c)
     else:
         h1, c1, _ = library.step(cell.id, gx, gh, h, c, False)
@@ -218,7 +219,7 @@ def layer(
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
     library, how = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        function = _LayerInTransform if _in_transform() else _Layer
+        function = _LayerInTransform if in_transform() else _Layer
         masks = (control, rows, h_mask, keep)
         h, c, h_n, c_n, _ = function.apply(cell, reverse, (library, *how), *masks, *tensors)
     else:

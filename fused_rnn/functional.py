@@ -24,6 +24,7 @@ from torch._C._functorch import get_interpreter_stack, peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from .autograd import in_transform
 from .backends import LOG, SMALL_STEPS, Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
 from .sequences import Options, sent
@@ -119,25 +120,25 @@ def rnn(
     for first in range(0, len(weights), problem.directions):
         if first and dropout and training:
             input = torch.dropout(input, dropout, True)
-        outputs: list[Tensor] = []
-        cells: list[Any] = []
+        given: list[dict[str, Any]] = []
         if options is not None and options.return_cell_states:
             keywords["cells"] = first + problem.directions == len(weights)
         for k, reverse in enumerate(reverses, first):
             entering = None if states is None else tuple(s[k] for s in states)
             if loop is not None:
                 entering = loop.enter(entering, k, reverse)
-                keywords["control"] = loop.control(reverse)
+            own = _operands(input, entering, weights[k])
+            if loop is not None:
                 recurrent, hidden = weights[k].w_hh.size(1), problem.H
-                keywords["h_mask"] = loop.h_mask(recurrent, problem.dtype)
                 widths = (recurrent, hidden)[: cell.states]
-                keywords["keep"] = loop.keep(widths, carry_dtype(problem.dtype))
-            h, c, final = _layer(
-                chosen, cell, input, entering, weights[k], reverse=reverse, rows=rows, **keywords
-            )
-            outputs.append(h)
-            cells.append(c)
-            finals.append(final if loop is None else loop.leave(final, reverse))
+                own["control"] = loop.control(reverse)
+                own["h_mask"] = loop.h_mask(recurrent, problem.dtype)
+                own["keep"] = loop.keep(widths, carry_dtype(problem.dtype))
+            given.append({"reverse": reverse, **own})
+        outputs, cells, states_after = _layer(chosen, cell, input, given, rows=rows, **keywords)
+        if loop is not None:
+            states_after = list(map(loop.leave, states_after, reverses))
+        finals += states_after
         input = joined(outputs)
     stacked = (
         torch.stack(s) if len(s) > 1 else s[0].unsqueeze(0) for s in zip(*finals, strict=True)
@@ -200,8 +201,8 @@ def step(
     chosen = select(problem, requested(backend))
     if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
         return chosen.cell_step(cell, input, h, c, *weights)[: cell.states]
-    w, entering = Weights(*weights), (h,) if c is None else (h, c)
-    _, _, final = _layer(chosen, cell, input.unsqueeze(0), entering, w)
+    own = _operands(input, (h,) if c is None else (h, c), Weights(*weights))
+    _, _, (final,) = _layer(chosen, cell, input.unsqueeze(0), [own])
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
 
@@ -272,15 +273,9 @@ def check_step(cell: Cell, input: Tensor, states: States, weights: CellWeights) 
         torch_nn.cell_step(cell, input, states[0], states[-1], *weights)
 
 
-def _layer(
-    chosen: ModuleType,
-    cell: Cell,
-    input: Tensor,
-    states: States | None,
-    w: Weights,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None, States]:
-    """One layer in one direction, in the dtype that autocast gives its GEMMs."""
+def _operands(input: Tensor, states: States | None, w: Weights) -> dict[str, Any]:
+    """What one direction is given, by the names of a backend's ``layer``, in the dtype that
+    autocast gives its GEMMs."""
     low = autocast_dtype(input)
     dtype = input.dtype if low is None else low
     if low is not None:  # otherwise they agree already
@@ -290,19 +285,28 @@ def _layer(
         kept = (dtype, carry_dtype(dtype))
         h0, *c0s = (s if s.dtype in kept else s.to(kept[1]) for s in states)
         c0 = c0s[0] if c0s else None
-    h, c, h_n, c_n = chosen.layer(
-        cell,
-        cast(input, dtype),
-        w.w_hh,
-        w.b_hh,
-        h0,
-        c0,
-        w_ih=w.w_ih,
-        b_ih=w.b_ih,
-        w_hr=w.w_hr,
-        **options,
-    )
-    return h, c, (h_n,) if c_n is None else (h_n, c_n)
+    return {"h0": h0, "c0": c0, **w._asdict()}
+
+
+def _layer(
+    chosen: ModuleType,
+    cell: Cell,
+    input: Tensor,
+    directions: Sequence[dict[str, Any]],
+    **shared: Any,
+) -> tuple[list[Tensor], list[Any], list[States]]:
+    """The outputs, cell states and final states of a layer, each by direction.
+
+    ``directions`` are what :func:`_operands` gives, and what acts in the loop. A transform has a
+    rule for one direction alone.
+    """
+    dtype = autocast_dtype(input) or input.dtype
+    if len(directions) == 2 and hasattr(chosen, "both") and not in_transform():
+        found = chosen.both(cell, cast(input, dtype), *directions, **shared)
+    else:
+        found = [chosen.layer(cell, cast(input, dtype), **own, **shared) for own in directions]
+    finals: list[States] = [(h_n,) if c_n is None else (h_n, c_n) for _, _, h_n, c_n in found]
+    return [h for h, *_ in found], [c for _, c, *_ in found], finals
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:

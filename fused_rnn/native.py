@@ -212,9 +212,34 @@ def fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...
     )
 
 
+def fake_bidirectional(
+    cell, x, forward, reverse, save, rows, algorithm, tf32
+) -> tuple[Tensor, ...]:
+    def one(own: Any, is_reverse: bool) -> tuple[Tensor, ...]:
+        *operands, control, w_hr, h_mask, keep = own
+        options: tuple[Any, ...] = (control, rows, w_hr, h_mask, keep, algorithm, tf32)
+        return fake_layer(*(cell, x, *operands, is_reverse, save, *options))
+
+    return one(forward, False) + one(reverse, True)
+
+
+def fake_bidirectional_backward(
+    cell, wanted, grads, kept, x, forward, reverse, rows, algorithm, tf32
+) -> tuple[Tensor, ...]:
+    def one(i: int, own: Any) -> tuple[Tensor, ...]:
+        w_ih, _, w_hh, _, h0, c0, control, w_hr, h_mask, keep = own
+        given = (*grads[4 * i : 4 * i + 4], *kept[3 * i : 3 * i + 3], x, w_ih, w_hh, h0, c0)
+        options = (i == 1, control, rows, w_hr, h_mask, keep, algorithm, tf32)
+        return fake_layer_backward(*(cell, wanted[i], *given, *options))
+
+    return one(0, forward) + one(1, reverse)
+
+
 FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "layer": fake_layer,
     "layer_backward": fake_layer_backward,
+    "bidirectional": fake_bidirectional,
+    "bidirectional_backward": fake_bidirectional_backward,
     "step": fake_step,
     "step_backward": fake_step_backward,
 }

@@ -130,7 +130,7 @@ def _count(n: int, noun: str) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one algorithm runs one layer in one direction; prints as a short explanation.
+    """How one algorithm runs one layer, in one direction or in both; prints as a short explanation.
 
     Bytes, threads and registers are a CTA's or a thread's; times are predicted, never measured.
 
@@ -140,13 +140,14 @@ class Plan:
             CTAs that hold ``W_hh``) or ``"grid"`` (all SMs hold ``W_hh`` together).
         proven: whether its kernels have run on a GPU; before that it runs only by name.
         team: CTAs that hold ``W_hh`` together: the cluster, or a group of the grid's CTAs.
-        teams: how many are at work at a time.
+        directions: how many of the layer's one launch runs; its others have launches of their own.
+        teams: how many are at work at a time, for all directions of a launch.
         line: how many CTAs of a team have the same rows of ``W_hh``, each for its part of K, and
             add up their sums; 1 but for the grid's backward.
         overlaid: whether sums take the operand's place in shared memory, behind more barriers.
         batch_tile: rows of the batch that a team runs together; tile ``i`` is rows
-            ``i * batch_tile`` to ``min(N, (i + 1) * batch_tile)``.
-        tiles: ``ceil(N / batch_tile)``.
+            ``i * batch_tile`` to ``min(N, (i + 1) * batch_tile)`` in one direction.
+        tiles: of a launch, ``directions * ceil(N / batch_tile)``.
         waves: ``ceil(tiles / teams)``, tiles that run one after another.
         ctas: CTAs of the launch; 0 where torch's GEMM decides.
         units: hidden units of the CTA that owns most.
@@ -163,7 +164,7 @@ class Plan:
         workspace_bytes: global memory for the exchange.
         costs: what a step costs, as ``(words, µs)``.
         limit: the words of the largest cost.
-        us_per_step: predicted µs of a step of the whole batch.
+        us_per_step: predicted µs of a step of the whole batch, in all of the layer's directions.
         setup_us: predicted µs before the first step.
         why: the reason for the choice.
         wanted: where a faster algorithm is planned but not proven, its plan.
@@ -174,6 +175,7 @@ class Plan:
     algorithm: str
     proven: bool
     team: int
+    directions: int
     teams: int
     line: int
     overlaid: bool
@@ -207,7 +209,8 @@ class Plan:
         teams = _count(self.teams, "cluster" if self.algorithm == "cluster" else "group")
         lines = f" in lines of {self.line}" if self.line > 1 else ""
         kb = 1024
-        return (
+        launch = "both directions in one launch; " if self.directions == 2 else ""
+        return launch + (
             f"{teams} of {_count(self.team, 'CTA')}{lines}, each with {self.batch_tile} rows of "
             f"the batch at a time; {_count(self.tiles, 'tile')} in {_count(self.waves, 'wave')}; "
             f"a CTA has up to {_count(self.units, 'unit')}, {_count(self.rows, 'row')} of W_hh: "
@@ -243,11 +246,12 @@ def plan(
     *,
     device: Device,
     backward: bool = False,
+    directions: int = 1,
     tf32: bool = False,
     algorithm: str = "auto",
     proven_only: bool = True,
 ) -> Plan:
-    """Plan one layer in one direction on a CUDA device.
+    """Plan one layer on a CUDA device.
 
     Args:
         cell: a key of :data:`fused_rnn.cells.CELLS`.
@@ -258,6 +262,7 @@ def plan(
         P: size of the LSTM's projection, 0 for none. Default: 0
         device: the GPU, from :func:`describe` or out of :data:`KNOWN_DEVICES`.
         backward: plan the backward pass. Default: ``False``
+        directions: 1, or 2 for both directions of a layer. Default: 1
         tf32: float32 may be multiplied in TF32. Default: ``False``
         algorithm: one of :data:`ALGORITHMS`, or ``"auto"`` for the one predicted to be the fastest.
             Default: ``"auto"``
@@ -287,10 +292,13 @@ def plan(
         H=H,
         P=P,
         backward=backward,
+        directions=directions,
         algorithm=algorithm,
         proven_only=proven_only,
     )
     sizes = f"T={T} N={N} H={H}" + (f" P={P}" if P else "")
+    if directions == 2:
+        sizes += ", both directions"
     shared: dict[str, Any] = {
         "problem": (
             f"{cell} {'backward' if backward else 'forward'}, {arithmetic}, {sizes}, "

@@ -33,7 +33,7 @@ PYTHON = "Python and autograd"
 OTHER = "other ops"
 # On a CPU the recurrent op makes the products with the input and the weights' gradients in between
 # the steps, so they are in its time.
-_RECURRENT = r"(fused_rnn\w*::(layer|step)|aten::(mkldnn_rnn|_cudnn_rnn|_thnn_fused))"
+_RECURRENT = r"(fused_rnn\w*::(layer|bidirectional|step)|aten::(mkldnn_rnn|_cudnn_rnn|_thnn_fused))"
 OPS = {
     "recurrent op, backward": rf"^{_RECURRENT}\w*backward",
     "recurrent op, forward": rf"^{_RECURRENT}",

@@ -6,6 +6,7 @@ import functools
 import numerics
 import pytest
 import torch
+from directions import run_directions
 from emulator import build
 from layers import oracle_layer, run
 
@@ -88,3 +89,18 @@ def check_schedules(layer, problem):
         build.seed(seed)
         for name, x in run(layer, problem).items():
             assert torch.equal(x, first[name]), f"{name}, seed {seed}"
+
+
+def check_both(algorithm, forward, reverse, launches, make_room=lambda: None):
+    """The same bits by one call as by two; on the emulator, by so many launches of ``launches()``
+    in forward and backward. ``make_room()`` for the other direction."""
+    device = "cpu" if is_emulated() else "cuda"
+    number = ALGORITHMS.index(algorithm) + 1
+    two = run_directions(forward, reverse, together=False, algorithm=number, device=device)
+    make_room()
+    launches()
+    one = run_directions(forward, reverse, together=True, algorithm=number, device=device)
+    assert not is_emulated() or launches() == 2, f"{forward} and back"
+    assert one.keys() == two.keys()
+    for name, x in one.items():
+        assert torch.equal(x, two[name]), f"{name} of {forward} and back"

@@ -4,10 +4,19 @@ where there is a GPU of sm_90 and the library, on that."""
 import numerics
 import pytest
 import torch
+from directions import make_directions
 from emulator import build
 from layers import check, make_problem
 from numerics import cases
-from persistent import EVERY, asked, check_schedules, check_tf32, is_emulated, layer_by
+from persistent import (
+    EVERY,
+    asked,
+    check_both,
+    check_schedules,
+    check_tf32,
+    is_emulated,
+    layer_by,
+)
 
 from fused_rnn import autograd
 from fused_rnn.cells import CELLS
@@ -75,6 +84,29 @@ def test_many_units(name, layer):
     check(layer, make_problem(cell, torch.bfloat16, shape, product=True, control=True))
     if is_emulated():
         assert build.cluster_launches() == 2  # forward and backward
+
+
+# Several tiles of 8 rows; one of 16 in each direction, one cluster after the other; a block alone.
+BOTH = {
+    "tiles": ("lstm", torch.bfloat16, 2, (2, 9, 33), None),
+    "wide": ("gru", torch.float16, 2, (2, 11, 33), 1),
+    "alone": ("rnn_relu", torch.bfloat16, 1, (3, 2, 72), None),
+    "sixteen": ("lstm", torch.bfloat16, 16, (2, 1, 250), None),
+}
+
+
+@pytest.mark.parametrize("name", BOTH if numerics.FULL else ["tiles", "wide"])
+def test_both_directions_are_one_launch(name, layer):
+    cell, dtype, size, shape, active = BOTH[name]
+    team(size, active)
+    options = {"product": True, "control": True, "h_mask": True, "keep": True}
+    check_both("cluster", *make_directions(cell, dtype, shape, **options), build.cluster_launches)
+
+
+def test_both_directions_of_packed_input_in_chunks(layer):
+    team(2)
+    pair = make_directions("gru", torch.bfloat16, (4, 11, 33), product=True, rows="packed")
+    check_both("cluster", *pair, build.cluster_launches)
 
 
 def test_a_backward_that_does_not_fit_is_stepwise(layer):

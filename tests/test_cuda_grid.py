@@ -4,10 +4,11 @@ there is a GPU of sm_80 and the library, on that."""
 import numerics
 import pytest
 import torch
+from directions import make_directions
 from emulator import build
 from layers import check, make_problem
 from numerics import cases
-from persistent import asked, check_schedules, check_tf32, is_emulated, layer_by
+from persistent import asked, check_both, check_schedules, check_tf32, is_emulated, layer_by
 
 from fused_rnn import autograd
 from fused_rnn.cells import CELLS
@@ -80,6 +81,22 @@ def test_many_units(name, layer):
     assert shape[-1] > 8 * 2 * 16
     sms(count)
     check(layer, make_problem(cell, dtype, shape, product=True, control=True))
+
+
+# With room for all, both directions are cut up as one is.
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_directions_are_one_launch(dtype, layer):
+    options = {"product": True, "control": True, "h_mask": True}
+    pair = make_directions("gru", dtype, (3, 3, 25), **options)
+    check_both("grid", *pair, build.grid_launches)
+
+
+def test_groups_of_both_directions_take_their_tiles_in_turn(layer):
+    if not is_emulated():
+        pytest.skip("a GPU has more SMs")
+    pair = make_directions("rnn_tanh", torch.bfloat16, (2, 35, 33), product=True, keep=True)
+    sms(5)
+    check_both("grid", *pair, build.grid_launches, make_room=lambda: sms(10))
 
 
 # On a GPU, whose SMs are as many as they are: blocks with the most units, and tiles in turn.

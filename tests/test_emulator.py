@@ -231,16 +231,18 @@ def test_only_the_primitives_use_intrinsics_and_ptx() -> None:
 WRONG_FORWARD = {
     "no-wait": ("mbarrier_wait(arrived + step % 2, int((step - 1) / 2 % 2));", ";", False),
     "too-few-bytes": (
-        "((a.layer.H + kChunk - 1) / kChunk) * 16)",
-        "(a.layer.H / kChunk) * 16)",
+        "((layer.H + kChunk - 1) / kChunk) * 16)",
+        "(layer.H / kChunk) * 16)",
         False,
     ),
     "one-buffer": ("(step & 1) * kColumns", "0 * kColumns", False),
     "no-zeros": ("if (part == 0) store(staging + i, from_float<T>(0));", ";", False),
-    "sends-to-the-end": ("if (step + 1 < a.layer.count) {", "{", False),
+    "sends-to-the-end": ("if (step + 1 < warp.layer.count) {", "{", False),
     "no-meeting-of-parts": ("sync_threads(1 + group, 32 * a.cut.parts);", ";", False),
     "sends-too-early": ("sync_warp();\n    for (int i = lane()", "for (int i = lane()", True),
     "starts-too-early": ("      cluster_sync();", "      ;", False),
+    "one-direction": ("cluster_index() % args.directions", "0", False),
+    "rows-of-another": ("cluster_index() / a.directions", "cluster_index()", False),
 }
 WRONG_BACKWARD = {
     "no-wait": ("mbarrier_wait(arrived + (turn - 1) % 2, int((turn - 1) / 2 % 2));", ";", False),
@@ -251,6 +253,8 @@ WRONG_BACKWARD = {
     "no-meeting": ("    sync_block();\n    warp.multiply", "    warp.multiply", False),
     "swapped-units": ("{sum[j], sum[2 + j]}", "{sum[2 * j], sum[2 * j + 1]}", False),
     "starts-too-early": ("      cluster_sync();", "      ;", False),
+    "one-direction": ("cluster_index() % args.directions", "0", False),
+    "rows-of-another": ("cluster_index() / a.directions", "cluster_index()", False),
 }
 WRONG_GRID = {
     "no-wait": ("if (!is_there(value))", "if (false)", False),
@@ -293,6 +297,7 @@ WRONG = {
 }
 TOLD = (
     "cluster_forward-no-wait",
+    "cluster_forward-one-direction",
     "cluster_backward-one-buffer-of-sums",
     "grid_forward-no-wait",
     "grid_backward-multiplies-too-early",

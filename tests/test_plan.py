@@ -48,7 +48,8 @@ def check_covers(p: Plan, cell: str, arithmetic: str, N: int, H: int, backward: 
     assert min(owned) >= 1
     assert max(owned) == p.units
     assert p.rows == CELLS[cell].gates * p.units
-    assert (p.tiles - 1) * p.batch_tile < N <= p.tiles * p.batch_tile
+    tiles = p.tiles / p.directions
+    assert (tiles - 1) * p.batch_tile < N <= tiles * p.batch_tile
     assert p.teams <= p.tiles <= p.teams * p.waves
     assert p.weight_bytes >= p.rows * H * BYTES[arithmetic]
     # Beside weights a CTA has at least its product's input.
@@ -78,8 +79,7 @@ def check_fits(p: Plan, device: Device) -> None:
     else:
         assert device.capability >= (90 if p.team > 1 else 80)
         assert p.team in CLUSTER_SIZES
-        active = device.clusters[CLUSTER_SIZES.index(p.team)]
-        assert 1 <= p.teams <= active
+        assert 1 <= p.teams <= active(p, device)
         assert p.ctas == p.team * p.tiles
         assert p.workspace_bytes == 0
 
@@ -265,6 +265,7 @@ def test_stepwise_can_be_asked_for():
         ({"H": 2**25}, "H must be"),
         ({"N": -1}, "must not be negative"),
         ({"P": 64}, "P must be"),
+        ({"directions": 3}, "one direction or two"),
         ({"cell": "gru", "P": 32}, "only the LSTM"),
         ({"device": dataclasses.replace(H100, capability=70)}, "sm_75"),
         ({"device": dataclasses.replace(H100, sms=0)}, "at least one SM"),
@@ -304,6 +305,36 @@ def test_before_sm_90_a_cluster_is_one_cta():
     device = dataclasses.replace(H100, capability=80)
     assert plan_all("lstm", "bf16", 512, 8, 128, device=device, algorithm="cluster").team == 1
     assert "1 CTA holds" in plan_all("lstm", "bf16", 512, 8, 512, device=device).refusals["cluster"]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("algorithm", ["cluster", "grid"])
+@pytest.mark.parametrize("device", KNOWN_DEVICES.values(), ids=lambda device: device.name)
+def test_both_directions_cover_and_fit_too(device, algorithm, backward):
+    launches = set()
+    for cell, arithmetic in (("lstm", "bf16"), ("gru", "tf32"), ("lstm", "fp32")):
+        for H, N in itertools.product(SIZES, (1, 19, 128)):
+            how = {"device": device, "backward": backward}
+            best = plan_all(cell, arithmetic, 512, N, H, **how, directions=2)
+            assert (best.directions == 1) or best.algorithm != "stepwise"
+            if algorithm in best.refusals:
+                continue
+            one, two = (
+                plan_all(cell, arithmetic, 512, N, H, **how, algorithm=algorithm, directions=d)
+                for d in (1, 2)
+            )
+            check_covers(two, cell, arithmetic, N, H, backward)
+            check_fits(two, device)
+            assert total_us(two) <= 2.0001 * total_us(one)
+            launches.add(two.directions)
+            if algorithm == "cluster" and 2 * one.tiles <= active(one, device):
+                assert two.us_per_step == one.us_per_step
+    if device.capability >= 80:
+        assert launches == ({2} if algorithm == "cluster" else {1, 2})
+
+
+def active(p: Plan, device: Device) -> int:
+    return device.clusters[CLUSTER_SIZES.index(p.team)]
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -400,12 +431,14 @@ def test_the_explanation_says_why_an_algorithm_is_out():
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "kernels").glob("*_*.md"))
 
 
+@pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_kernels_pages_hold_what_the_plan_predicts(page):
-    """Rows of the last table: | LSTM | 16 | 0.55 (e) | ..., two waves | does not fit |"""
-    table = page.read_text().rpartition("## Predicted")[2].partition("## Known")[0]
+def test_the_kernels_pages_hold_what_the_plan_predicts(page, directions):
+    """Rows of a table: | LSTM | 16 | 0.55 (e) | ..., two waves | does not fit |"""
+    begin, end = ("## Predicted", "## Known") if directions == 1 else ("## Both", "## Predicted")
+    table = page.read_text().rpartition(begin)[2].partition(end)[0]
     rows = re.findall(r"^\| (LSTM|GRU|RNN) \| (\d+) \| (.*) \|$", table, re.MULTILINE)
-    assert len(rows) == 5
+    assert len(rows) == (5 if directions == 1 else 2)
     for cell, N, columns in rows:
         for H, said in zip((256, 512, 768, 1024), columns.split(" | "), strict=True):
             problem = {"T": 1024, "N": int(N), "H": H, "device": H100}
@@ -413,9 +446,36 @@ def test_the_kernels_pages_hold_what_the_plan_predicts(page):
             problem["backward"] = way == "backward"
             name = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[cell]
             if said == "does not fit":
-                refusals = plan(name, torch.bfloat16, **problem).refusals
+                refusals = plan(name, torch.bfloat16, **problem, directions=directions).refusals
                 assert "does not fit" in refusals[algorithm]
                 continue
-            p = plan(name, torch.bfloat16, **problem, algorithm=algorithm)
+            one, p = (
+                plan(name, torch.bfloat16, **problem, algorithm=algorithm, directions=d)
+                for d in (1, directions)
+            )
             assert f"{p.us_per_step:.2f}" == said.split()[0], (cell, N, H)
-            assert ("two waves" in said) == (p.waves == 2), (cell, N, H)
+            waves = {1: "", 2: ", two waves", 3: ", three waves", 4: ", four waves"}[p.waves]
+            assert said.partition(")")[2] == waves, (cell, N, H)
+            if directions == 2:
+                ratio = total_us(p, 1024) / total_us(one, 1024)
+                assert f"({ratio:.2f})" in said, (cell, N, H)
+
+
+def test_the_second_direction_takes_the_time_of_the_first_where_there_is_room():
+    """Two launches would take twice as long; with one for both, blocks that there are twice."""
+    problem = {"T": 1024, "N": 16, "H": 512, "device": H100}
+    one, two = (
+        plan("lstm", torch.bfloat16, **problem, algorithm="cluster", directions=d) for d in (1, 2)
+    )
+    assert (two.directions, two.ctas, two.waves) == (2, 2 * one.ctas, 1)
+    assert two.ctas <= H100.sms
+    assert total_us(two) <= 1.2 * total_us(one)
+    assert "both directions in one launch" in str(two)
+    assert "both" not in str(one)
+
+
+def test_stepwise_takes_twice_as_long_for_both_directions():
+    problem = {"T": 1024, "N": 16, "H": 512, "device": H100, "algorithm": "stepwise"}
+    one, two = (plan("lstm", torch.bfloat16, **problem, directions=d) for d in (1, 2))
+    assert two.us_per_step == pytest.approx(2 * one.us_per_step)
+    assert two.costs[0] == ("4 kernels a step", pytest.approx(2 * one.costs[0][1]))

@@ -94,11 +94,13 @@ void run(const Loop<Args>& loop, const Args& args) {
   loop.run(args, schedule, memory.data);
 }
 
-void forward(const ForwardArgs& args, const Tensor& like) {
-  run(best_kernels(scalar_of(like.scalar_type())).forward[args.cell], args);
+void forward(Directions<ForwardArgs> directions, const Tensor& like) {
+  for (const ForwardArgs& args : directions)
+    run(best_kernels(scalar_of(like.scalar_type())).forward[args.cell], args);
 }
-void backward(const BackwardArgs& args, const Tensor& like) {
-  run(best_kernels(scalar_of(like.scalar_type())).backward[args.cell], args);
+void backward(Directions<BackwardArgs> directions, const Tensor& like) {
+  for (const BackwardArgs& args : directions)
+    run(best_kernels(scalar_of(like.scalar_type())).backward[args.cell], args);
 }
 
 void run_rows(StepFunction step, const StepArgs& args) {

@@ -5,10 +5,10 @@
 
 namespace fused_rnn::cuda {
 
-#define FUSED_RNN_CLUSTER(Cell)                                                              \
-  template void forward_cluster<Cell, FUSED_RNN_SCALAR>(const ForwardArgs&, WarpShape,       \
-                                                        const ClusterCut&, CudaMachine&);    \
-  template void backward_cluster<Cell, FUSED_RNN_SCALAR>(const BackwardArgs&, BackwardShape, \
+#define FUSED_RNN_CLUSTER(Cell)                                                                   \
+  template void forward_cluster<Cell, FUSED_RNN_SCALAR>(Directions<ForwardArgs>, WarpShape,       \
+                                                        const ClusterCut&, CudaMachine&);         \
+  template void backward_cluster<Cell, FUSED_RNN_SCALAR>(Directions<BackwardArgs>, BackwardShape, \
                                                          const BackwardCut&, CudaMachine&);
 FUSED_RNN_CLUSTER(RnnTanh)
 FUSED_RNN_CLUSTER(RnnRelu)

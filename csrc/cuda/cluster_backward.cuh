@@ -1,6 +1,6 @@
 // cluster, backward: a cluster of blocks holds W_hh on the chip and runs a tile of the batch back
-// through all steps. It waits for nobody outside the cluster, and meets at no barrier of it inside
-// the loop.
+// through all steps, in one direction of the one or two that a launch has. It waits for nobody
+// outside the cluster, and meets at no barrier of it inside the loop.
 //
 // A block owns some units, and the rows of W_hh of all their gates. In a step it makes their gate
 // gradients and multiplies them by its rows: partial sums of dL/dh of all units, for the step
@@ -28,7 +28,8 @@ namespace fused_rnn::cuda {
 
 template <class T>
 struct ClusterBackward {
-  BackwardLoop<T> loop;
+  BackwardLoop<T> loops[kMostDirections];
+  int directions;
   BackwardCut cut;
 };
 
@@ -41,6 +42,7 @@ struct BackwardWarp {
   static constexpr int kHeld = kShape.held(), kUnits = BackwardShape::kUnits;
 
   const ClusterBackward<T>& a;
+  const BackwardLoop<T>& loop;
   const BackwardShared place;
   T* operands;
   float* sums;  // [2][rank of the sender][the block's tiles of units][kTiles][32 lanes][4]
@@ -57,27 +59,27 @@ struct BackwardWarp {
   BackwardUnits<Cell, T, 2> rows[2];
 
   FUSED_RNN_DEVICE explicit BackwardWarp(const ClusterBackward<T>& args)
-      : a(args), place(kShape, args.cut) {
+      : a(args), loop(args.loops[cluster_index() % args.directions]), place(kShape, args.cut) {
     char* const shared = shared_memory<char>();
     operands = reinterpret_cast<T*>(shared);
     sums = reinterpret_cast<float*>(shared + place.sums);
     arrived = reinterpret_cast<Mbarrier*>(shared + place.barriers);
     rank = cluster_rank();
-    block_unit = int(unit_begin(a.loop.layer.H, kUnits, a.cut.team, rank));
-    units_end = int(unit_begin(a.loop.layer.H, kUnits, a.cut.team, rank + 1));
+    block_unit = int(unit_begin(sizes().H, kUnits, a.cut.team, rank));
+    units_end = int(unit_begin(sizes().H, kUnits, a.cut.team, rank + 1));
     own_tiles = (units_end - block_unit + kUnits - 1) / kUnits;
     piece = warp() / kTiles < own_tiles ? warp() / kTiles : -1;
     tile = warp() % kTiles;
     unit = block_unit + piece * kUnits + 2 * (lane() / 4);
-    const int64_t first_row = int64_t(block_index().x / a.cut.team) * kShape.columns();
+    const int64_t first_row = int64_t(cluster_index() / a.directions) * kShape.columns();
     row = first_row + 8 * tile + 2 * (lane() % 4);
     bytes = 0;
     FUSED_RNN_UNROLL
     for (int t = 0; t < kTiles; ++t) {
-      const int64_t left = (a.loop.layer.N - first_row - 8 * t + 1) / 2;  // pairs of rows
+      const int64_t left = (sizes().N - first_row - 8 * t + 1) / 2;  // pairs of rows
       bytes += a.cut.team * own_tiles * 8 * 16 * int(left < 0 ? 0 : left < 4 ? left : 4);
     }
-    const int blocks = int((a.loop.layer.H + kUnits - 1) / kUnits);
+    const int blocks = int((sizes().H + kUnits - 1) / kUnits);
     FUSED_RNN_UNROLL
     for (int m = 0; m < kM; ++m) {
       const int block = warp() * kM + m, owner = ((block + 1) * a.cut.team - 1) / blocks;
@@ -85,6 +87,10 @@ struct BackwardWarp {
     }
   }
 
+  // All directions have the same; those of the first stand in instructions, not in registers.
+  FUSED_RNN_DEVICE const BackwardLayer<T>& sizes() const { return a.loops[0].layer; }
+  // Neighbouring clusters run the same rows, each in its direction.
+  FUSED_RNN_DEVICE int cluster_index() const { return block_index().x / a.cut.team; }
   FUSED_RNN_DEVICE int64_t row_of(int of_tile) const { return row + 8 * (of_tile - tile); }
   FUSED_RNN_DEVICE T* operand(int64_t turn) const {
     return operands + (turn & 1) * kShape.columns() * place.stride;
@@ -101,11 +107,11 @@ struct BackwardWarp {
     if (piece < 0 || unit >= units_end) return;
     FUSED_RNN_UNROLL
     for (int j = 0; j < 2; ++j)
-      if (row + j < a.loop.layer.N) run(j, row + j);
+      if (row + j < sizes().N) run(j, row + j);
   }
   // W_hh, transposed: its rows are units, K the gates of the block's units, unit by unit.
   FUSED_RNN_DEVICE void load_weights() {
-    const int64_t H = a.loop.layer.H;
+    const int64_t H = sizes().H;
     const int first = warp() * kM, count = (units_end - block_unit) * kGates;
     if (destinations[0] < 0) return;  // the warp only owns a piece
     char* const all = shared_memory<char>() + place.weights;
@@ -114,7 +120,7 @@ struct BackwardWarp {
                  [&](int m, int half, int k) {
                    const int64_t u = (first + m) * kUnits + 2 * (lane() / 4) + half;
                    if (u >= H || k >= count) return from_float<T>(0);
-                   return load(a.loop.w_hh + (k % kGates * H + block_unit + k / kGates) * H + u);
+                   return load(loop.w_hh + (k % kGates * H + block_unit + k / kGates) * H + u);
                  });
   }
 
@@ -129,8 +135,8 @@ struct BackwardWarp {
     for (int i = thread_index().x; i < elements; i += 32 * a.cut.warps)
       store(operands + i, from_float<T>(0));
     load_weights();
-    each_row([&](int j, int64_t n) { rows[j].load_carried(a.loop, n, unit, units_end); });
-    fetch(a.loop.layer.loop.T - 1);
+    each_row([&](int j, int64_t n) { rows[j].load_carried(loop, n, unit, units_end); });
+    fetch(sizes().loop.T - 1);
     if (a.cut.team > 1)
       cluster_sync();
     else
@@ -138,7 +144,7 @@ struct BackwardWarp {
   }
 
   FUSED_RNN_DEVICE void fetch(int64_t step) {
-    each_row([&](int j, int64_t n) { rows[j].fetch(a.loop, step, n, unit); });
+    each_row([&](int j, int64_t n) { rows[j].fetch(loop, step, n, unit); });
   }
 
   // Turn 0 makes the gradients of the last step; turn T only gathers what the first one sent. Until
@@ -149,13 +155,13 @@ struct BackwardWarp {
       return;
     }
     if (piece >= 0 && turn > 0) mbarrier_wait(arrived + (turn - 1) % 2, int((turn - 1) / 2 % 2));
-    if (thread_index().x == 0 && turn < a.loop.layer.loop.T)
+    if (thread_index().x == 0 && turn < sizes().loop.T)
       mbarrier_arrive_expect(arrived + turn % 2, bytes);
   }
 
   // What the steps after this one send into the carried hidden state of the lane's units and rows.
   FUSED_RNN_DEVICE void gather(int64_t turn) {
-    if (piece < 0 || turn == 0 || row >= a.loop.layer.N) return;
+    if (piece < 0 || turn == 0 || row >= sizes().N) return;
     float sum[4] = {};
     for (int from = 0; from < a.cut.team; ++from) {
       const auto part = load_vector<4>(arriving(turn - 1, from, piece, tile) + lane() * 4);
@@ -164,7 +170,7 @@ struct BackwardWarp {
     }
     each_row([&](int j, int64_t n) {
       const A of_row[2] = {sum[j], sum[2 + j]};
-      rows[j].add(a.loop, n, unit, units_end, of_row);
+      rows[j].add(loop, n, unit, units_end, of_row);
     });
   }
 
@@ -172,7 +178,7 @@ struct BackwardWarp {
   FUSED_RNN_DEVICE void update(int64_t turn, int64_t step) {
     each_row([&](int j, int64_t n) {
       A of_h[2][kGates];
-      rows[j].update(a.loop, step, n, unit, units_end, of_h);
+      rows[j].update(loop, step, n, unit, units_end, of_h);
       // As the product reads it: the tensor cores would cut float off, not round it.
       T* const to = operand(turn) + (8 * tile + 2 * (lane() % 4) + j) * place.stride +
                     (piece * kUnits + 2 * (lane() / 4)) * kGates;
@@ -203,7 +209,7 @@ struct BackwardWarp {
       if (to < 0) return;
       FUSED_RNN_UNROLL
       for (int t = 0; t < kTiles; ++t) {
-        if (row_of(t) >= a.loop.layer.N) continue;  // nobody asks
+        if (row_of(t) >= sizes().N) continue;  // nobody asks
         const Vector<float, 4> part = {{sum[m][t][0], sum[m][t][1], sum[m][t][2], sum[m][t][3]}};
         float* const at = arriving(turn, rank, of_peer, t) + lane() * 4;
         if (a.cut.team == 1)
@@ -216,21 +222,21 @@ struct BackwardWarp {
   }
 
   FUSED_RNN_DEVICE void write_outputs(int64_t step) const {
-    each_row([&](int j, int64_t n) { rows[j].write_outputs(a.loop, step, n, unit); });
+    each_row([&](int j, int64_t n) { rows[j].write_outputs(loop, step, n, unit); });
   }
   FUSED_RNN_DEVICE void write_carried() const {
-    each_row([&](int j, int64_t n) { rows[j].write_carried(a.loop, n, unit, units_end); });
+    each_row([&](int j, int64_t n) { rows[j].write_carried(loop, n, unit, units_end); });
   }
 };
 
 template <class Cell, class T, int kM, int kTiles>
 FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
-    cluster_backward(ClusterBackward<T> a) {
+    cluster_backward(FUSED_RNN_ARGUMENT ClusterBackward<T> a) {
   if constexpr (!has_mma()) return unsupported("the cluster algorithm needs sm_80");
   // A block alone has at most 8 pieces, so 128 units: two tiles a warp.
   if constexpr (!has_clusters() && kM > 2) return unsupported("clusters need sm_90");
   BackwardWarp<Cell, T, kM, kTiles> warp(a);
-  const int64_t T_ = a.loop.layer.loop.T;
+  const int64_t T_ = warp.sizes().loop.T;
   warp.start();
   for (int64_t turn = 0; turn < T_; ++turn) {
     const int64_t step = T_ - 1 - turn;
@@ -248,13 +254,16 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
 }
 
 template <class Cell, class T, class Machine>
-void backward_cluster(const BackwardArgs& a, BackwardShape shape, const BackwardCut& cut,
-                      Machine& machine) {
-  backward_of<Cell, T>(a, machine, [&](const BackwardStep<T>& all) {
-    const ClusterBackward<T> loop{BackwardLoop<T>(a, all, 2), cut};
+void backward_cluster(Directions<BackwardArgs> directions, BackwardShape shape,
+                      const BackwardCut& cut, Machine& machine) {
+  const int64_t tiles = (directions[0].N + shape.columns() - 1) / shape.columns();
+  backward_of<Cell, T>(directions, machine, [&](const std::vector<BackwardStep<T>>& steps) {
+    ClusterBackward<T> all{{}, directions.count, cut};
+    for (int i = 0; i < directions.count; ++i)
+      all.loops[i] = BackwardLoop<T>(directions[i], steps[size_t(i)], 2);
     const auto launch = [&](auto kernel) {
-      machine.launch_clusters(kernel, cut.team, (a.N + shape.columns() - 1) / shape.columns(),
-                              32 * cut.warps, BackwardShared(shape, cut).bytes, loop);
+      machine.launch_clusters(kernel, cut.team, directions.count * tiles, 32 * cut.warps,
+                              BackwardShared(shape, cut).bytes, all);
     };
     const int m = shape.m_tiles;
     if (shape.tiles == 2)

@@ -1,5 +1,6 @@
 // cluster, forward: a cluster of blocks holds W_hh on the chip and runs a tile of the batch through
-// all steps. It waits for nobody outside the cluster and meets at no barrier inside the loop.
+// all steps, in one direction of the one or two that a launch has. It waits for nobody outside the
+// cluster and meets at no barrier inside the loop.
 //
 // A block owns some units, all gates of each, for 8 or 16 rows of the batch. A warp owns one or two
 // times 8 of the block's units, and one part of K; the warps of part 0 end with the sums of all
@@ -21,7 +22,8 @@ namespace fused_rnn::cuda {
 
 template <class T>
 struct ClusterForward {
-  ForwardLayer<T> layer;
+  ForwardLayer<T> layers[kMostDirections];
+  int directions;
   ClusterCut cut;
 };
 
@@ -37,6 +39,7 @@ struct ClusterWarp {
                        kDepth = kShape.depth(), kSums = kShape.sums();
 
   const ClusterForward<T>& a;
+  const ForwardLayer<T>& layer;
   const ClusterShared place;
   T *operands, *staging;
   float* sums;
@@ -49,7 +52,9 @@ struct ClusterWarp {
   ForwardUnit<Cell, T> units[kBlocks][kTiles][2];
 
   FUSED_RNN_DEVICE explicit ClusterWarp(const ClusterForward<T>& args)
-      : a(args), place(kShape, args.cut.groups, args.cut.parts, args.cut.part_tiles) {
+      : a(args),
+        layer(args.layers[cluster_index() % args.directions]),
+        place(kShape, args.cut.groups, args.cut.parts, args.cut.part_tiles) {
     char* const shared = shared_memory<char>();
     operands = reinterpret_cast<T*>(shared);
     sums = reinterpret_cast<float*>(shared + place.sums);
@@ -58,12 +63,14 @@ struct ClusterWarp {
     const int groups = a.cut.groups, rank = cluster_rank();
     part = warp() / groups;
     group = warp() % groups;
-    row = int64_t(block_index().x / a.cut.team) * kColumns;
-    unit = unit_begin(a.layer.H, kChunk, a.cut.team, rank) + group * kUnits;
-    units_end = unit_begin(a.layer.H, kChunk, a.cut.team, rank + 1);
+    row = int64_t(cluster_index() / a.directions) * kColumns;
+    unit = unit_begin(layer.H, kChunk, a.cut.team, rank) + group * kUnits;
+    units_end = unit_begin(layer.H, kChunk, a.cut.team, rank + 1);
     staging += group * kColumns * kUnits;
   }
 
+  // Neighbouring clusters run the same rows, each in its direction.
+  FUSED_RNN_DEVICE int cluster_index() const { return block_index().x / a.cut.team; }
   FUSED_RNN_DEVICE int64_t unit_of(int block) const { return unit + 8 * block + lane() / 4; }
   FUSED_RNN_DEVICE int column_of(int tile, int j) const { return 8 * tile + 2 * (lane() % 4) + j; }
   FUSED_RNN_DEVICE T* operand(int64_t step) const {
@@ -85,7 +92,7 @@ struct ClusterWarp {
     for (int i = 0; i < 2 * kBlocks * kTiles; ++i) {
       const int block = i / (2 * kTiles), tile = i / 2 % kTiles, j = i % 2;
       const int64_t n = row + column_of(tile, j), u = unit_of(block);
-      if (n < a.layer.N && u < units_end) run(block, tile, j, n, u);
+      if (n < layer.N && u < units_end) run(block, tile, j, n, u);
     }
   }
 
@@ -97,14 +104,14 @@ struct ClusterWarp {
     for (int half = 0; half < 2 * kM; ++half) {
       const int64_t u = unit_of(half / kGates);
       const bool exists = half < kBlocks * kGates && u < units_end;
-      rows[half] = exists ? a.layer.w_hh + (half % kGates * a.layer.H + u) * a.layer.H : nullptr;
+      rows[half] = exists ? layer.w_hh + (half % kGates * layer.H + u) * layer.H : nullptr;
     }
     char* const all = shared_memory<char>() + place.weights;
     const int64_t of_warp = ClusterShared::weight_bytes(kShape, 1, a.cut.part_tiles);
     weights.load(reinterpret_cast<uint32_t*>(all + warp() * of_warp), a.cut.part_tiles,
                  [&](int m, int half, int k) {
                    const T* const row = rows[2 * m + half];
-                   return row && first + k < a.layer.H ? load(row + first + k) : from_float<T>(0);
+                   return row && first + k < layer.H ? load(row + first + k) : from_float<T>(0);
                  });
   }
 
@@ -132,9 +139,9 @@ struct ClusterWarp {
       return;
     }
     if (step > 0) mbarrier_wait(arrived + step % 2, int((step - 1) / 2 % 2));
-    if (thread_index().x == 0 && step + 1 < a.layer.count)
+    if (thread_index().x == 0 && step + 1 < layer.count)
       mbarrier_arrive_expect(arrived + (step + 1) % 2,
-                             kColumns * int((a.layer.H + kChunk - 1) / kChunk) * 16);
+                             kColumns * int((layer.H + kChunk - 1) / kChunk) * 16);
   }
 
   // The carried states, and what the first product reads: all units, not the block's own alone.
@@ -147,22 +154,22 @@ struct ClusterWarp {
     sync_block();
     for (int column = warp(); column < kColumns; column += a.cut.warps()) {
       const int64_t n = row + column;
-      if (n >= a.layer.N) continue;
-      for (int64_t u = lane(); u < a.layer.H; u += 32)
-        store_operand(operand(0) + column * place.stride + u, a.layer.first_operand(n, u));
+      if (n >= layer.N) continue;
+      for (int64_t u = lane(); u < layer.H; u += 32)
+        store_operand(operand(0) + column * place.stride + u, layer.first_operand(n, u));
     }
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      units[block][tile][j].load_states(a.layer, n, u);
+      units[block][tile][j].load_states(layer, n, u);
     });
     FUSED_RNN_UNROLL
     for (int block = 0; block < kBlocks; ++block)
-      biases[block].load(a.layer, unit_of(block), unit_of(block) < units_end);
+      biases[block].load(layer, unit_of(block), unit_of(block) < units_end);
   }
 
   FUSED_RNN_DEVICE void fetch(int64_t step) {
-    const StepRows now = a.layer.step(step);
+    const StepRows now = layer.step(step);
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      units[block][tile][j].fetch(a.layer, now, n, u);
+      units[block][tile][j].fetch(layer, now, n, u);
     });
   }
 
@@ -191,9 +198,9 @@ struct ClusterWarp {
   // The states after a step, and what is saved of it; what the next product reads, staged.
   FUSED_RNN_DEVICE void update(int64_t step, const float (&sum)[kM][kTiles][4],
                                A (&saved)[kBlocks][kTiles][2][4]) {
-    const StepRows now = a.layer.step(step);
-    const bool last = step + 1 == a.layer.count;
-    const StepRows next = a.layer.step(last ? step : step + 1);
+    const StepRows now = layer.step(step);
+    const bool last = step + 1 == layer.count;
+    const StepRows next = layer.step(last ? step : step + 1);
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
       ForwardUnit<Cell, T>& mine = units[block][tile][j];
       A gh[kGates];
@@ -202,10 +209,10 @@ struct ClusterWarp {
         const int half = block * kGates + g;
         gh[g] = sum[half / 2][tile][half % 2 * 2 + j];
       }
-      mine.update(a.layer, now, biases[block], n, u, gh, saved[block][tile][j]);
+      mine.update(layer, now, biases[block], n, u, gh, saved[block][tile][j]);
       if (!last)
         store_operand(staging + column_of(tile, j) * kUnits + 8 * block + lane() / 4,
-                      mine.operand(a.layer, next, n, u));
+                      mine.operand(layer, next, n, u));
     });
   }
 
@@ -228,29 +235,29 @@ struct ClusterWarp {
   }
 
   FUSED_RNN_DEVICE void write_outputs(int64_t step, const A (&saved)[kBlocks][kTiles][2][4]) const {
-    const StepRows now = a.layer.step(step);
+    const StepRows now = layer.step(step);
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      units[block][tile][j].write_outputs(a.layer, now, n, u, saved[block][tile][j]);
+      units[block][tile][j].write_outputs(layer, now, n, u, saved[block][tile][j]);
     });
   }
 
   FUSED_RNN_DEVICE void write_states() const {
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
-      units[block][tile][j].write_states(a.layer, n, u);
+      units[block][tile][j].write_states(layer, n, u);
     });
   }
 };
 
 template <class Cell, class T, int kBlocks, int kTiles>
 FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
-    cluster_forward(ClusterForward<T> a) {
+    cluster_forward(FUSED_RNN_ARGUMENT ClusterForward<T> a) {
   if constexpr (!has_mma()) return unsupported("the cluster algorithm needs sm_80");
   ClusterWarp<Cell, T, kBlocks, kTiles> warp(a);
   const bool updates = warp.part == 0;
   warp.start();
   if (warp.unit >= warp.units_end) return;  // the block has fewer units than another
 
-  for (int64_t step = 0; step < a.layer.count; ++step) {
+  for (int64_t step = 0; step < warp.layer.count; ++step) {
     warp.wait(step);
     float sum[warp.kM][kTiles][4] = {};
     warp.multiply(step, sum);
@@ -258,7 +265,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
     if (!updates) continue;
     arithmetic_t<T> saved[kBlocks][kTiles][2][4];
     warp.update(step, sum, saved);
-    if (step + 1 < a.layer.count) {
+    if (step + 1 < warp.layer.count) {
       warp.send(step);
       warp.fetch(step + 1);
     }
@@ -268,16 +275,17 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
 }
 
 template <class Cell, class T, class Machine>
-void forward_cluster(const ForwardArgs& a, WarpShape shape, const ClusterCut& cut,
+void forward_cluster(Directions<ForwardArgs> directions, WarpShape shape, const ClusterCut& cut,
                      Machine& machine) {
-  const int64_t clusters = (a.N + shape.columns() - 1) / shape.columns();
+  const int64_t tiles = (directions[0].N + shape.columns() - 1) / shape.columns();
   const int64_t bytes = ClusterShared(shape, cut.groups, cut.parts, cut.part_tiles).bytes;
-  forward_of<Cell, T>(a, machine, [&](const ForwardLayer<T>& layer) {
+  ClusterForward<T> loop{{}, directions.count, cut};
+  forward_of<Cell, T>(directions, machine, [&](const std::vector<ForwardLayer<T>>& layers) {
+    std::copy(layers.begin(), layers.end(), loop.layers);
     machine.launch_clusters(shape.blocks == 2  ? cluster_forward<Cell, T, 2, 1>
                             : shape.tiles == 2 ? cluster_forward<Cell, T, 1, 2>
                                                : cluster_forward<Cell, T, 1, 1>,
-                            cut.team, clusters, 32 * cut.warps(), bytes,
-                            ClusterForward<T>{layer, cut});
+                            cut.team, directions.count * tiles, 32 * cut.warps(), bytes, loop);
   });
 }
 

@@ -2,6 +2,9 @@
 // the batch from step to step, and the host's loop.
 #pragma once
 
+#include <algorithm>
+#include <vector>
+
 #include "stepwise_forward.cuh"
 
 namespace fused_rnn::cuda {
@@ -97,17 +100,16 @@ struct ForwardUnit {
   }
 };
 
-// launch(layer) for as many steps at a time as have their products of the input.
-template <class Cell, class T, class Machine, class Launch>
-void forward_of(const ForwardArgs& a, Machine& machine, Launch launch) {
+// What a kernel reads of a layer, before the first launch.
+template <class Cell, class T>
+ForwardLayer<T> forward_layer(const ForwardArgs& a, const arithmetic_t<T>* gx) {
   using A = arithmetic_t<T>;
   const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
-  InputProducts<T, Machine> input(a, Cell::kGates, machine);
   ForwardLayer<T> layer{};
   layer.loop = Loop(a, Cell::kStates * a.H);
   layer.N = a.N;
   layer.H = a.H;
-  layer.gx = input.data();
+  layer.gx = gx;
   layer.x = matrix(a.x);
   layer.w_hh = matrix(a.w_hh);
   layer.b_ih = matrix(a.b_ih);
@@ -118,11 +120,28 @@ void forward_of(const ForwardArgs& a, Machine& machine, Launch launch) {
   layer.saved = static_cast<T*>(a.saved);
   layer.h_n = static_cast<A*>(a.h_n);
   layer.c_n = static_cast<A*>(a.c_n);
-  start_states<Cell, T>(a, static_cast<T*>(nullptr), machine);
-  for (layer.first = 0; layer.first < a.T; layer.first += layer.count) {
-    layer.count = input.make(layer.first);
-    layer.gx_first = input.first_row(layer.first);
-    launch(layer);
+  return layer;
+}
+
+// launch(layers) for as many steps at a time as have their products of the input: as many in each
+// direction, since what they depend on is the same.
+template <class Cell, class T, class Machine, class Launch>
+void forward_of(Directions<ForwardArgs> directions, Machine& machine, Launch launch) {
+  std::vector<InputProducts<T, Machine>> inputs;
+  std::vector<ForwardLayer<T>> layers;
+  for (const ForwardArgs& a : directions) {
+    inputs.emplace_back(a, Cell::kGates, machine);
+    layers.push_back(forward_layer<Cell, T>(a, inputs.back().data()));
+    start_states<Cell, T>(a, static_cast<T*>(nullptr), machine);
+  }
+  int64_t count = 0;
+  for (int64_t first = 0; first < directions[0].T; first += count) {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      layers[i].first = first;
+      layers[i].count = count = inputs[i].make(first);
+      layers[i].gx_first = inputs[i].first_row(first);
+    }
+    launch(layers);
   }
 }
 

@@ -5,10 +5,10 @@
 
 namespace fused_rnn::cuda {
 
-#define FUSED_RNN_GRID(Cell, exact)                                                          \
-  template void forward_grid<Cell, FUSED_RNN_SCALAR, exact>(const ForwardArgs&, GridShape,   \
-                                                            const GridCut&, CudaMachine&);   \
-  template void backward_grid<Cell, FUSED_RNN_SCALAR, exact>(const BackwardArgs&, GridShape, \
+#define FUSED_RNN_GRID(Cell, exact)                                                               \
+  template void forward_grid<Cell, FUSED_RNN_SCALAR, exact>(Directions<ForwardArgs>, GridShape,   \
+                                                            const GridCut&, CudaMachine&);        \
+  template void backward_grid<Cell, FUSED_RNN_SCALAR, exact>(Directions<BackwardArgs>, GridShape, \
                                                              const GridCut&, CudaMachine&);
 #define FUSED_RNN_GRIDS(exact)   \
   FUSED_RNN_GRID(RnnTanh, exact) \

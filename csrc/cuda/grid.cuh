@@ -1,6 +1,6 @@
-// What both directions of the grid algorithm share: a team of blocks, all on the chip at the same
-// time, holds a matrix of weights, and each turn every block multiplies its rows by what all of
-// them have just made.
+// What forward and backward of the grid algorithm share: a team of blocks, all on the chip at the
+// same time, holds a matrix of weights, and each turn every block multiplies its rows by what all
+// of them have just made.
 //
 // A block's 8 warps all have its rows; each has a part of K. The sums of the parts meet in shared
 // memory. There a thread takes the units that it owns, one row of the batch each: `granule`
@@ -25,6 +25,7 @@ namespace fused_rnn::cuda {
 
 struct GridTeam {
   GridCut cut;
+  int directions;  // neighbouring groups run the same rows, each in its direction
   int64_t N, H;
   uint64_t* words;
 };
@@ -72,6 +73,10 @@ struct GridBlock {
 
   // Asked for where they are needed: registers hold weights.
   FUSED_RNN_DEVICE int group() const { return block_index().x / team.cut.team; }
+  FUSED_RNN_DEVICE int direction() const { return group() % team.directions; }
+  // Of the group's tiles: the first one, and how far it is to the next.
+  FUSED_RNN_DEVICE int first_tile() const { return group() / team.directions; }
+  FUSED_RNN_DEVICE int next_tile() const { return team.cut.groups / team.directions; }
   FUSED_RNN_DEVICE int lines() const { return team.cut.team / team.cut.line; }
   FUSED_RNN_DEVICE int line() const { return block_index().x % team.cut.team % lines(); }
   FUSED_RNN_DEVICE int words() const { return GridShape(kShape).words(team.cut.granule); }

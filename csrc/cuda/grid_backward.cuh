@@ -15,7 +15,7 @@ namespace fused_rnn::cuda {
 
 template <class T>
 struct GridBackward {
-  BackwardLoop<T> loop;
+  BackwardLoop<T> loops[kMostDirections];
   GridTeam team;
 };
 
@@ -29,7 +29,7 @@ struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
   BackwardUnits<Cell, T, 1> mine[kItems];
 
   FUSED_RNN_DEVICE explicit GridBackwardBlock(const GridBackward<T>& a)
-      : Block(a.team), loop(a.loop) {
+      : Block(a.team), loop(a.loops[this->direction()]) {
     const int64_t H = this->team.H;
     const GridCut& cut = this->team.cut;
     // Chunks of the operand are units of a granule at one gate after the other.
@@ -87,14 +87,16 @@ struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
 };
 
 template <class Cell, class T, bool kExact, int kM, int kTiles>
-FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_backward(GridBackward<T> a) {
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
+    grid_backward(FUSED_RNN_ARGUMENT GridBackward<T> a) {
   if constexpr (!has_mma()) return unsupported("the grid algorithm needs sm_80");
   if constexpr (!has_clusters() && kM == 5) return unsupported("so many rows need sm_90");
   GridBackwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  for (int64_t tile = block.group(); tile * block.kColumns < a.team.N; tile += a.team.cut.groups) {
+  for (int64_t tile = block.first_tile(); tile * block.kColumns < a.team.N;
+       tile += block.next_tile()) {
     block.start(tile);
-    for (int64_t step = a.loop.layer.loop.T - 1; step >= 0; --step, ++turn) {
+    for (int64_t step = block.loop.layer.loop.T - 1; step >= 0; --step, ++turn) {
       block.update(step, turn);
       block.write_outputs(step);
       if (step > 0) block.fetch(step - 1);
@@ -113,10 +115,14 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_backward(GridB
 }
 
 template <class Cell, class T, bool kExact, class Machine>
-void backward_grid(const BackwardArgs& a, GridShape shape, const GridCut& cut, Machine& machine) {
-  backward_of<Cell, T>(a, machine, [&](const BackwardStep<T>& all) {
-    GridBackward<T> loop{BackwardLoop<T>(a, all, 1), {cut, a.N, a.H, nullptr}};
-    loop.team.words = machine.template memory<uint64_t>(grid_words(shape, cut));
+void backward_grid(Directions<BackwardArgs> directions, GridShape shape, const GridCut& cut,
+                   Machine& machine) {
+  backward_of<Cell, T>(directions, machine, [&](const std::vector<BackwardStep<T>>& steps) {
+    GridBackward<T> loop{};
+    loop.team = {cut, directions.count, directions[0].N, directions[0].H,
+                 machine.template memory<uint64_t>(grid_words(shape, cut))};
+    for (int i = 0; i < directions.count; ++i)
+      loop.loops[i] = BackwardLoop<T>(directions[i], steps[size_t(i)], 1);
     const auto launch = [&](auto kernel) { launch_grid(machine, shape, cut, kernel, loop); };
     const int m = shape.m_tiles;
     if constexpr (kExact) {

@@ -12,9 +12,9 @@ namespace fused_rnn::cuda {
 
 template <class T>
 struct GridForward {
-  ForwardLayer<T> layer;
+  ForwardLayer<T> layers[kMostDirections];
   GridTeam team;
-  const T* operand;  // [N, H] of the first product
+  const T* operand;  // [directions, N, H] of the first product
 };
 
 template <class Cell, class T, bool kExact, int kM, int kTiles>
@@ -30,7 +30,9 @@ struct GridForwardBlock : GridBlock<Cell, T, false, kExact, kM, kTiles> {
   A saved[kItems][4];
 
   FUSED_RNN_DEVICE explicit GridForwardBlock(const GridForward<T>& a)
-      : Block(a.team), layer(a.layer), first_operand(a.operand) {
+      : Block(a.team),
+        layer(a.layers[this->direction()]),
+        first_operand(a.operand + this->direction() * layer.N * layer.H) {
     const int of_gate = this->team.cut.units;
     this->load_weights(
         [&](int row) {
@@ -94,14 +96,16 @@ struct GridForwardBlock : GridBlock<Cell, T, false, kExact, kM, kTiles> {
 };
 
 template <class Cell, class T, bool kExact, int kM, int kTiles>
-FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_forward(GridForward<T> a) {
+FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
+    grid_forward(FUSED_RNN_ARGUMENT GridForward<T> a) {
   if constexpr (!has_mma()) return unsupported("the grid algorithm needs sm_80");
   GridForwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  for (int64_t tile = block.group(); tile * block.kColumns < a.layer.N; tile += a.team.cut.groups) {
+  for (int64_t tile = block.first_tile(); tile * block.kColumns < a.team.N;
+       tile += block.next_tile()) {
     block.start(tile);
-    for (int64_t step = 0; step < a.layer.count; ++step) {
-      const bool last = step + 1 == a.layer.count;
+    for (int64_t step = 0; step < block.layer.count; ++step) {
+      const bool last = step + 1 == block.layer.count;
       if (step > 0) block.gather(turn - 1);
       sync_block();
       block.multiply();
@@ -116,16 +120,23 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1) grid_forward(GridFo
 }
 
 template <class Cell, class T, bool kExact, class Machine>
-void forward_grid(const ForwardArgs& a, GridShape shape, const GridCut& cut, Machine& machine) {
+void forward_grid(Directions<ForwardArgs> directions, GridShape shape, const GridCut& cut,
+                  Machine& machine) {
+  const int64_t N = directions[0].N, H = directions[0].H;
   GridForward<T> loop{};
-  loop.team = {cut, a.N, a.H, machine.template memory<uint64_t>(grid_words(shape, cut))};
+  loop.team = {cut, directions.count, N, H,
+               machine.template memory<uint64_t>(grid_words(shape, cut))};
   // Apart from the carried states: a block may write its own before another has read them.
-  T* const operand = machine.template memory<T>(a.N * a.H);
+  T* const operand = machine.template memory<T>(directions.count * N * H);
   loop.operand = operand;
-  forward_of<Cell, T>(a, machine, [&](const ForwardLayer<T>& layer) {
-    loop.layer = layer;
-    machine.launch(start_state<T>, a.H, a.N,
-                   Start<T>{layer.step(0), a.N, a.H, layer.h_n, layer.h_n, layer.h_mask, operand});
+  forward_of<Cell, T>(directions, machine, [&](const std::vector<ForwardLayer<T>>& layers) {
+    std::copy(layers.begin(), layers.end(), loop.layers);
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const ForwardLayer<T>& layer = layers[i];
+      machine.launch(start_state<T>, H, N,
+                     Start<T>{layer.step(0), N, H, layer.h_n, layer.h_n, layer.h_mask,
+                              operand + int64_t(i) * N * H});
+    }
     const auto launch = [&](auto kernel) { launch_grid(machine, shape, cut, kernel, loop); };
     if constexpr (kExact)
       launch(shape.m_tiles == 2 ? grid_forward<Cell, T, true, 2, 1>

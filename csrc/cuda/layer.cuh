@@ -37,7 +37,8 @@ FUSED_RNN_DEVICE void write(T* base, int64_t at, arithmetic_t<T> x) {
 }
 
 // Host code of a loop runs over a Machine, which has memory, products and launches:
-//   machine.memory<T>(count)                      scratch until the call is over, not cleared
+//   machine.memory<T>(count)                      scratch until forget(), not cleared
+//   machine.forget()                              all of it may be used for something else
 //   machine.multiply(sizes, a, b, out)            out = a b
 //   machine.launch(kernel, units, rows, argument) kernel(argument), see Place
 //

@@ -81,6 +81,9 @@ class CudaMachine {
     return static_cast<T*>(memory_.back().mutable_data_ptr());
   }
 
+  // What memory() has given so far is no longer used.
+  void forget() { memory_.clear(); }
+
   template <class Kernel, class... Args>
   void launch(Kernel* kernel, int64_t units, int64_t rows, const Args&... args) {
     if (units == 0 || rows == 0) return;

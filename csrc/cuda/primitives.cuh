@@ -16,6 +16,8 @@
 #define FUSED_RNN_DEVICE __device__ __forceinline__
 #define FUSED_RNN_KERNEL __global__ void
 #define FUSED_RNN_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+// Before a kernel's argument that it reads by a computed index: where it lies, not from a copy.
+#define FUSED_RNN_ARGUMENT const __grid_constant__
 // Before a loop of few, constant rounds: its indices become constants, so arrays stay in registers.
 #define FUSED_RNN_UNROLL _Pragma("unroll")
 // Before a loop that must stay one.

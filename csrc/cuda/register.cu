@@ -7,18 +7,18 @@
 namespace fused_rnn::cuda {
 
 // Compiled by cluster.cu and grid.cu, once for each dtype: it takes minutes, so in parallel.
-#define FUSED_RNN_CLUSTER(Cell, T)                                                                \
-  extern template void forward_cluster<Cell, T>(const ForwardArgs&, WarpShape, const ClusterCut&, \
-                                                CudaMachine&);                                    \
-  extern template void backward_cluster<Cell, T>(const BackwardArgs&, BackwardShape,              \
+#define FUSED_RNN_CLUSTER(Cell, T)                                                        \
+  extern template void forward_cluster<Cell, T>(Directions<ForwardArgs>, WarpShape,       \
+                                                const ClusterCut&, CudaMachine&);         \
+  extern template void backward_cluster<Cell, T>(Directions<BackwardArgs>, BackwardShape, \
                                                  const BackwardCut&, CudaMachine&);
 #define FUSED_RNN_CLUSTERS(T)   \
   FUSED_RNN_CLUSTER(RnnTanh, T) \
   FUSED_RNN_CLUSTER(RnnRelu, T) FUSED_RNN_CLUSTER(Lstm, T) FUSED_RNN_CLUSTER(Gru, T)
-#define FUSED_RNN_GRID(Cell, T, exact)                                                             \
-  extern template void forward_grid<Cell, T, exact>(const ForwardArgs&, GridShape, const GridCut&, \
-                                                    CudaMachine&);                                 \
-  extern template void backward_grid<Cell, T, exact>(const BackwardArgs&, GridShape,               \
+#define FUSED_RNN_GRID(Cell, T, exact)                                                    \
+  extern template void forward_grid<Cell, T, exact>(Directions<ForwardArgs>, GridShape,   \
+                                                    const GridCut&, CudaMachine&);        \
+  extern template void backward_grid<Cell, T, exact>(Directions<BackwardArgs>, GridShape, \
                                                      const GridCut&, CudaMachine&);
 #define FUSED_RNN_GRIDS(T, exact)   \
   FUSED_RNN_GRID(RnnTanh, T, exact) \

@@ -2,6 +2,8 @@
 // and weights, each one product over all rows. No atomics: every sum has one order.
 #pragma once
 
+#include <vector>
+
 #include "layer.cuh"
 
 namespace fused_rnn::cuda {
@@ -262,14 +264,11 @@ void sum_all_rows(const From* from, int64_t rows, int64_t width, T* to, Machine&
   sum_all_rows(static_cast<const A*>(sums), blocks, width, to, machine);
 }
 
-// What comes before and after the loop, the same for all algorithms. run_loop(step) makes dgx and
-// dgh of all rows, dh_all where there is a projection, and of the gradients of the final states in
-// dh0 and dc0 those of the initial ones.
-template <class Cell, class T, class Machine, class RunLoop>
-void backward_of(const BackwardArgs& a, Machine& machine, RunLoop run_loop) {
+// What comes before the loop, the same for all algorithms: what a step reads of the layer.
+template <class Cell, class T, class Machine>
+BackwardStep<T> start_backward(const BackwardArgs& a, Machine& machine) {
   using A = arithmetic_t<T>;
-  constexpr int64_t G = Cell::kGates;
-  const int64_t gates = G * a.H;
+  const int64_t gates = Cell::kGates * a.H;
   const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
 
   BackwardLayer<T> layer{Loop(a, Cell::kStates == 2 ? a.R + a.H : a.R),
@@ -299,17 +298,22 @@ void backward_of(const BackwardArgs& a, Machine& machine, RunLoop run_loop) {
   step.dgx = !a.w_ih && a.dx ? static_cast<T*>(a.dx) : machine.template memory<T>(a.M * gates);
   step.dgh = Cell::kSplitsGates ? machine.template memory<T>(a.M * gates) : nullptr;
   step.dh_all = a.dw_hr ? machine.template memory<T>(a.M * a.R) : nullptr;
-  const T* const dgh = step.dgh ? step.dgh : step.dgx;
 
   machine.launch(start_gradient<T>, a.R, a.N,
                  Carried<T>{a.N, a.R, static_cast<const A*>(a.dh_n), step.dh0});
   if constexpr (Cell::kStates == 2)
     machine.launch(start_gradient<T>, a.H, a.N,
                    Carried<T>{a.N, a.H, static_cast<const A*>(a.dc_n), step.dc0});
+  return step;
+}
 
-  run_loop(step);
-
-  const T* const dgx = step.dgx;
+// And what comes after it.
+template <class Cell, class T, class Machine>
+void finish_backward(const BackwardArgs& a, const BackwardStep<T>& step, Machine& machine) {
+  const int64_t gates = Cell::kGates * a.H;
+  const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
+  const BackwardLayer<T>& layer = step.layer;
+  const T *const dgx = step.dgx, *const dgh = step.dgh ? step.dgh : dgx;
   if (a.w_ih && a.dx)
     machine.multiply({a.M, a.I, gates}, dgx, matrix(a.w_ih), static_cast<T*>(a.dx));
   if (a.dw_ih)
@@ -332,12 +336,24 @@ void backward_of(const BackwardArgs& a, Machine& machine, RunLoop run_loop) {
   }
 }
 
+// run_loop(steps) makes dgx and dgh of all rows, dh_all where there is a projection, and of the
+// gradients of the final states in dh0 and dc0 those of the initial ones, in each direction.
+template <class Cell, class T, class Machine, class RunLoop>
+void backward_of(Directions<BackwardArgs> directions, Machine& machine, RunLoop run_loop) {
+  std::vector<BackwardStep<T>> steps;
+  for (const BackwardArgs& a : directions) steps.push_back(start_backward<Cell, T>(a, machine));
+  run_loop(steps);
+  for (int i = 0; i < directions.count; ++i)
+    finish_backward<Cell, T>(directions[i], steps[size_t(i)], machine);
+}
+
 template <class Cell, class T, class Machine>
 void backward(const BackwardArgs& a, Machine& machine) {
   using A = arithmetic_t<T>;
   const int64_t gates = Cell::kGates * a.H;
   const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
-  backward_of<Cell, T>(a, machine, [&](BackwardStep<T> step) {
+  backward_of<Cell, T>(a, machine, [&](const std::vector<BackwardStep<T>>& steps) {
+    BackwardStep<T> step = steps[0];
     A* const product = machine.template memory<A>(a.N * a.R);
     step.product = product;
     step.dgh_step = a.rows ? machine.template memory<T>(a.N * gates) : nullptr;

@@ -5,6 +5,7 @@ A backend is a module here with ``NAME``, ``available() -> str | None`` and
 algorithm), and one or more of
 
 - ``layer(...)``: one layer in one direction over all steps;
+- ``both(...)``: both directions of a layer in one call, beside a ``layer``;
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
   a ``layer``, which runs cells under autocast, it may count on one dtype;

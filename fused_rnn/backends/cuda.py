@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .. import native
 from ..autograd import layer
+from ..bidirectional import both
 from ..plan import ALGORITHMS, Device, Plan, describe, plan
 from . import cpu, cudnn, tuning
 from .cpu import cell_step
@@ -14,7 +15,17 @@ from .cpu import cell_step
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["ALGORITHMS", "NAME", "available", "cell_step", "explain", "lacks", "layer", "supports"]
+__all__ = [
+    "ALGORITHMS",
+    "NAME",
+    "available",
+    "both",
+    "cell_step",
+    "explain",
+    "lacks",
+    "layer",
+    "supports",
+]
 
 NAME = "cuda"
 
@@ -79,6 +90,7 @@ def _plan(
         problem.P,
         device=device,
         backward=backward,
+        directions=problem.directions,
         tf32=cudnn.allows_tf32(),
         algorithm=algorithm,
     )

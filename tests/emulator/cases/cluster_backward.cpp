@@ -6,17 +6,20 @@
 namespace fused_rnn::emulator {
 namespace {
 
-template <int kTeam>
+// In as many directions, which are one launch.
+template <int kTeam, int kDirections = 1>
 Outcome test_lstm(uint64_t seed) {
-  BackwardProblem problem;
+  BackwardProblem problem, back{3, true};
   constexpr BackwardShape kShape = backward_shape(4, 2, 4, 2, kH, 8);
-  const ClusterBackward<bf16> a{problem.loop(), backward_cut(kShape, kH, kTeam)};
-  Launch launch{.name = "cluster_backward", .grid = {kTeam}, .seed = seed};
+  const ClusterBackward<bf16> a{
+      {problem.loop(), back.loop()}, kDirections, backward_cut(kShape, kH, kTeam)};
+  Launch launch{.name = "cluster_backward", .grid = {kTeam * kDirections}, .seed = seed};
   launch.block = {32 * a.cut.warps};
   launch.shared_bytes = size_t(BackwardShared(kShape, a.cut).bytes);
   launch.cluster = kTeam;
   Outcome outcome;
   outcome.add(run(launch, cluster_backward<Lstm, bf16, kShape.m_tiles, 1>, a));
+  if (kDirections == 2) back.check(outcome);
   return problem.check(outcome);
 }
 
@@ -25,5 +28,6 @@ Outcome test_lstm(uint64_t seed) {
 
 int main(int count, char** words) {
   using namespace fused_rnn::emulator;
-  return run_cases(count, words, {{"alone", test_lstm<1>}, {"two", test_lstm<2>}});
+  return run_cases(count, words,
+                   {{"alone", test_lstm<1>}, {"two", test_lstm<2>}, {"both", test_lstm<2, 2>}});
 }

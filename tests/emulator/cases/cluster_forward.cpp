@@ -7,18 +7,21 @@
 namespace fused_rnn::emulator {
 namespace {
 
-template <int kTeam>
+// In as many directions, which are one launch.
+template <int kTeam, int kDirections = 1>
 Outcome test_lstm(uint64_t seed) {
-  ForwardProblem problem;
+  ForwardProblem problem, back{3, true};
   constexpr WarpShape kShape = warp_shape(4, 2, 4, 2, kH, kTeam, 8);
-  const ClusterForward<bf16> a{problem.layer(), cluster_cut(kShape, kH, kTeam)};
-  Launch launch{.name = "cluster_forward", .grid = {kTeam}, .seed = seed};
+  const ClusterForward<bf16> a{
+      {problem.layer(), back.layer()}, kDirections, cluster_cut(kShape, kH, kTeam)};
+  Launch launch{.name = "cluster_forward", .grid = {kTeam * kDirections}, .seed = seed};
   launch.block = {32 * a.cut.warps()};
   launch.shared_bytes =
       size_t(ClusterShared(kShape, a.cut.groups, a.cut.parts, a.cut.part_tiles).bytes);
   launch.cluster = kTeam;
   Outcome outcome;
   outcome.add(run(launch, cluster_forward<Lstm, bf16, kShape.blocks, 1>, a));
+  if (kDirections == 2) back.check(outcome);
   return problem.check(outcome);
 }
 
@@ -27,5 +30,6 @@ Outcome test_lstm(uint64_t seed) {
 
 int main(int count, char** words) {
   using namespace fused_rnn::emulator;
-  return run_cases(count, words, {{"alone", test_lstm<1>}, {"two", test_lstm<2>}});
+  return run_cases(count, words,
+                   {{"alone", test_lstm<1>}, {"two", test_lstm<2>}, {"both", test_lstm<2, 2>}});
 }

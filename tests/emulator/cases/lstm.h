@@ -4,6 +4,7 @@
 
 #include <math.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "case.h"
@@ -38,10 +39,14 @@ inline void compare(Outcome& outcome, const char* name, const Memory<bf16>& got,
   });
 }
 
+// The reverse direction has weights of its own.
+inline float weight(bool reverse, int i) { return entry(reverse ? 6 : 2, i); }
+
 struct ForwardProblem {
   const int N = 3;
+  const bool reverse = false;
   Memory<bf16> x{"x", values(kT * N * kGates * kH, [](int i) { return entry(1, i); })};
-  Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [](int i) { return entry(2, i); })};
+  Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [this](int i) { return weight(reverse, i); })};
   Memory<bf16> h{"h", size_t(kT * N * kH)};
   Memory<float> h_n{"h_n", size_t(N * kH)}, c_n{"c_n", size_t(N * kH)};
 
@@ -50,6 +55,7 @@ struct ForwardProblem {
     c_n.fill(0);
     ForwardLayer<bf16> a{};
     a.loop.T = kT, a.loop.N = a.N = N, a.loop.states = 2 * kH;
+    a.loop.reverse = reverse;
     a.count = kT, a.H = kH;
     a.x = x.data(), a.w_hh = w_hh.data();
     a.h = h.data(), a.h_n = h_n.data(), a.c_n = c_n.data();
@@ -58,8 +64,9 @@ struct ForwardProblem {
 
   // Step by step in double, h rounded where the kernels round it.
   Outcome& check(Outcome& outcome) const {
-    std::vector<double> now(size_t(N) * kH), c(now), all;
-    for (int t = 0; t < kT; ++t) {
+    std::vector<double> now(size_t(N) * kH), c(now), all(kT * now.size());
+    for (int step = 0; step < kT; ++step) {
+      const int t = reverse ? kT - 1 - step : step;
       std::vector<double> next(now.size());
       for (int n = 0; n < N; ++n)
         for (int u = 0; u < kH; ++u) {
@@ -68,7 +75,7 @@ struct ForwardProblem {
             const int row = g * kH + u;
             gates[g] = entry(1, (t * N + n) * kGates * kH + row);
             for (int k = 0; k < kH; ++k)
-              gates[g] += entry(2, row * kH + k) *
+              gates[g] += weight(reverse, row * kH + k) *
                           to_float(from_float<bf16>(float(now[size_t(n * kH + k)])));
           }
           const auto sigmoid = [](double z) { return 1 / (1 + exp(-z)); };
@@ -77,7 +84,7 @@ struct ForwardProblem {
           next[size_t(n * kH + u)] = sigmoid(gates[3]) * tanh(state);
         }
       now = next;
-      all.insert(all.end(), now.begin(), now.end());
+      std::copy(now.begin(), now.end(), all.begin() + t * N * kH);
     }
     compare(outcome, "h", h, all, 1.0 / 128);
     return outcome;
@@ -86,7 +93,8 @@ struct ForwardProblem {
 
 struct BackwardProblem {
   const int N = 3;
-  Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [](int i) { return entry(2, i); })};
+  const bool reverse = false;
+  Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [this](int i) { return weight(reverse, i); })};
   Memory<bf16> saved{"saved", values(kT * N * kGates * kH, gate)};
   Memory<bf16> c{"c", values(kT * N * kH, [](int i) { return entry(4, i); })};
   Memory<bf16> dh{"dh", values(kT * N * kH, [](int i) { return entry(5, i); })};
@@ -98,6 +106,7 @@ struct BackwardProblem {
     dc0.fill(0);
     BackwardLoop<bf16> a{};
     a.layer.loop.T = kT, a.layer.loop.N = a.layer.N = N, a.layer.loop.states = 2 * kH;
+    a.layer.loop.reverse = reverse;
     a.layer.H = a.layer.R = kH;
     a.layer.h = h.data(), a.layer.c = c.data(), a.layer.saved = saved.data();
     a.wide = true;
@@ -109,7 +118,8 @@ struct BackwardProblem {
   // Step by step in double, the gates' gradients rounded where the kernels do it.
   Outcome& check(Outcome& outcome) const {
     std::vector<double> of_h(size_t(N) * kH), of_c(of_h), all(kT * kGates * of_h.size());
-    for (int t = kT - 1; t >= 0; --t) {
+    for (int step = kT - 1; step >= 0; --step) {
+      const int t = reverse ? kT - 1 - step : step;
       std::vector<double> before(of_h.size());
       for (int n = 0; n < N; ++n)
         for (int u = 0; u < kH; ++u) {
@@ -117,7 +127,7 @@ struct BackwardProblem {
           double gates[4], s[2] = {}, s1[2], ds[2], of_x[4], of_gh[4];
           for (int g = 0; g < 4; ++g) gates[g] = gate((row * 4 + g) * kH + u);
           s1[1] = entry(4, row * kH + u);
-          s[1] = t > 0 ? entry(4, (row - N) * kH + u) : 0;
+          s[1] = step > 0 ? entry(4, (reverse ? row + N : row - N) * kH + u) : 0;
           const double ds1[2] = {of_h[size_t(at)] + entry(5, row * kH + u), of_c[size_t(at)]};
           Lstm::backward(ds1, gates, s, s1, of_x, of_gh, ds);
           of_c[size_t(at)] = ds[1];
@@ -125,7 +135,7 @@ struct BackwardProblem {
             all[size_t((row * 4 + g) * kH + u)] = of_x[g];
             const double rounded = to_float(from_float<bf16>(float(of_gh[g])));
             for (int k = 0; k < kH; ++k)
-              before[size_t(n * kH + k)] += rounded * entry(2, (g * kH + u) * kH + k);
+              before[size_t(n * kH + k)] += rounded * weight(reverse, (g * kH + u) * kH + k);
           }
         }
       of_h = before;

@@ -12,6 +12,7 @@
 #define FUSED_RNN_DEVICE inline
 #define FUSED_RNN_KERNEL void
 #define FUSED_RNN_LAUNCH_BOUNDS(threads, blocks)
+#define FUSED_RNN_ARGUMENT const
 #define FUSED_RNN_UNROLL
 #define FUSED_RNN_ROLL
 // The lambda's type is one for each declaration and instantiation, and so is its `site`.

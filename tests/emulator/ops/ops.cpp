@@ -40,6 +40,7 @@ class EmulatedMachine {
   };
   std::vector<std::unique_ptr<emulator::Allocation>> memory_;
   std::vector<Loan> written_;
+  size_t borrowed_ = 0;  // of memory_, the first ones
   bool tf32_;
 
   void* take(const char* name, size_t bytes) {
@@ -68,6 +69,7 @@ class EmulatedMachine {
   void borrow(const char* name, P*& pointer, int64_t bytes) {
     if (!pointer) return;
     void* const inside = take(name, size_t(bytes));
+    borrowed_ = memory_.size();
     if constexpr (std::is_const_v<P>)
       memcpy(inside, pointer, size_t(bytes));
     else
@@ -82,6 +84,8 @@ class EmulatedMachine {
   T* memory(int64_t count) {
     return static_cast<T*>(take("memory", size_t(count) * sizeof(T)));
   }
+
+  void forget() { memory_.resize(borrowed_); }
 
   template <class... Parameters, class... Args>
   void launch(void (*kernel)(Parameters...), int64_t units, int64_t rows, const Args&... args) {
@@ -159,12 +163,9 @@ void borrow(EmulatedMachine& machine, Layer& a, Bytes bytes) {
   machine.borrow("keep", a.keep, a.T * a.N * (a.R + (kCellShapes[a.cell].states - 1) * a.H));
 }
 
-void forward(const ForwardArgs& args, const Tensor& like) {
-  ForwardArgs a = args;
-  EmulatedMachine machine(a.tf32);
-  const Bytes bytes(like);
+void borrow(EmulatedMachine& machine, ForwardArgs& a, Bytes bytes) {
   const int64_t gates = kCellShapes[a.cell].gates * a.H;
-  borrow(machine, a, bytes);
+  borrow(machine, static_cast<Layer&>(a), bytes);
   machine.borrow("b_ih", a.b_ih, gates * bytes.io);
   machine.borrow("b_hh", a.b_hh, gates * bytes.io);
   machine.borrow("h0", a.h0, a.N * a.R * bytes.carry);
@@ -174,18 +175,11 @@ void forward(const ForwardArgs& args, const Tensor& like) {
   machine.borrow("h_n", a.h_n, a.N * a.R * bytes.carry);
   machine.borrow("c_n", a.c_n, a.N * a.H * bytes.carry);
   machine.borrow("saved", a.saved, a.M * kCellShapes[a.cell].saved * a.H * bytes.io);
-  dispatch(a.cell, like.scalar_type(), [&](auto cell, auto scalar) {
-    run_forward<decltype(cell), decltype(scalar)>(a, machine);
-  });
-  machine.give_back();
 }
 
-void backward(const BackwardArgs& args, const Tensor& like) {
-  BackwardArgs a = args;
-  EmulatedMachine machine(a.tf32);
-  const Bytes bytes(like);
+void borrow(EmulatedMachine& machine, BackwardArgs& a, Bytes bytes) {
   const int64_t gates = kCellShapes[a.cell].gates * a.H;
-  borrow(machine, a, bytes);
+  borrow(machine, static_cast<Layer&>(a), bytes);
   machine.borrow("dh", a.dh, a.M * a.R * bytes.io);
   machine.borrow("dc", a.dc, a.M * a.H * bytes.io);
   machine.borrow("dh_n", a.dh_n, a.N * a.R * bytes.carry);
@@ -203,10 +197,30 @@ void backward(const BackwardArgs& args, const Tensor& like) {
   machine.borrow("dw_hh", a.dw_hh, gates * a.R * bytes.io);
   machine.borrow("db_hh", a.db_hh, gates * bytes.io);
   machine.borrow("dw_hr", a.dw_hr, a.R * a.H * bytes.io);
-  dispatch(a.cell, like.scalar_type(), [&](auto cell, auto scalar) {
-    run_backward<decltype(cell), decltype(scalar)>(a, machine);
-  });
+}
+
+// run(the directions, in the emulator's memory, cell, scalar, machine).
+template <class Args, class Run>
+void on_emulator(Directions<Args> directions, const Tensor& like, Run run) {
+  std::vector<Args> all(directions.begin(), directions.end());
+  EmulatedMachine machine(all[0].tf32);
+  for (Args& a : all) borrow(machine, a, Bytes(like));
+  const Directions<Args> inside(all.data(), directions.count);
+  dispatch(all[0].cell, like.scalar_type(),
+           [&](auto cell, auto scalar) { run(inside, cell, scalar, machine); });
   machine.give_back();
+}
+
+void forward(Directions<ForwardArgs> directions, const Tensor& like) {
+  on_emulator(directions, like, [](auto inside, auto cell, auto scalar, auto& machine) {
+    run_forward<decltype(cell), decltype(scalar)>(inside, machine);
+  });
+}
+
+void backward(Directions<BackwardArgs> directions, const Tensor& like) {
+  on_emulator(directions, like, [](auto inside, auto cell, auto scalar, auto& machine) {
+    run_backward<decltype(cell), decltype(scalar)>(inside, machine);
+  });
 }
 
 template <bool kBackward>
