@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,17 +18,26 @@ from torch.autograd import forward_ad
 
 from .backends import Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
+from .norm_cells import NormCell
 from .sequences import Options, sent
 
 
 class Weights(NamedTuple):
-    """One layer in one direction, in torch.nn's names, order and shapes."""
+    """One layer in one direction, in torch.nn's names, order and shapes.
+
+    Where there are norms, biases are theirs, and they have gains: of the input's product, of the
+    recurrent product (or of the sum of both), ``[G*H]``; and with another bias of c, ``[H]``.
+    """
 
     w_ih: Tensor
     w_hh: Tensor
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    g_ih: Tensor | None = None
+    g_hh: Tensor | None = None
+    g_c: Tensor | None = None
+    b_c: Tensor | None = None
 
 
 def rnn(
@@ -47,7 +56,7 @@ def rnn(
     r"""A stack of recurrent layers.
 
     Args:
-        cell: one of :data:`fused_rnn.cells.CELLS`.
+        cell: one of :data:`fused_rnn.cells.CELLS`, or one with layer norms.
         input: ``[T,N,I]``, or ``[M,I]`` with ``batch_sizes``.
         states: ``(h_0,)`` or ``(h_0, c_0)``, each ``[L*D,N,*]``. ``None``: zeros.
         weights: one entry a layer and direction, the directions of a layer together.
@@ -73,6 +82,8 @@ def rnn(
         weights = [w._replace(w_hh=torch.dropout(w.w_hh, p, True)) for w in weights]
     tensors = [w for layer in weights for w in layer if w is not None]
     if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
+        if isinstance(cell, NormCell):
+            refuse(problem)
         chosen = torch_nn
     else:
         backend = requested(backend)
@@ -99,8 +110,10 @@ def rnn(
     if options is not None:
         loop = options.loop(problem.T, problem.N, input.device, rows)
         rows, reverses = loop.rows, (True,) if options.reverse else reverses
-        # Some backends multiply padding too, and 0 times NaN is NaN; this one leaves it out.
-        input = loop.input(input, clean=chosen.NAME != "cpu")
+        # Some backends multiply padding too, and 0 times NaN is NaN; this one leaves it out where
+        # it has the product.
+        clean = chosen.NAME != "cpu" or isinstance(cell, NormCell)
+        input = loop.input(input, clean=clean)
     keywords: dict[str, Any] = algorithm(backend)
     finals: list[States] = []
     for first in range(0, len(weights), problem.directions):
@@ -136,6 +149,16 @@ def rnn(
         output = loop.output(input)
     c = loop.output(cast(joined(cells), dtypes[1])) if options.return_cell_states else None
     return cast(output, dtypes[0]), results, c
+
+
+def refuse(problem: Problem) -> NoReturn:
+    """Where torch.nn has no module that could refuse in its own words."""
+    if problem.T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    raise RuntimeError(
+        "fused_rnn: input, states and parameters must be on one device and of one dtype; move them "
+        "with .to(...)"
+    )
 
 
 def joined(directions: Sequence[Tensor]) -> Tensor:
@@ -265,18 +288,23 @@ def _layer(
         kept = (dtype, carry_dtype(dtype))
         h0, *c0s = (s if s.dtype in kept else s.to(kept[1]) for s in states)
         c0 = c0s[0] if c0s else None
-    h, c, h_n, c_n = chosen.layer(
-        cell,
-        cast(input, dtype),
-        w.w_hh,
-        w.b_hh,
-        h0,
-        c0,
-        w_ih=w.w_ih,
-        b_ih=w.b_ih,
-        w_hr=w.w_hr,
-        **options,
-    )
+    if isinstance(cell, NormCell):
+        gx = cast(cell.product(cast(input, dtype), w), dtype)
+        found = chosen.norm_layer(cell, gx, w.w_hh, cell.norm(w), h0, c0, **options)
+    else:
+        found = chosen.layer(
+            cell,
+            cast(input, dtype),
+            w.w_hh,
+            w.b_hh,
+            h0,
+            c0,
+            w_ih=w.w_ih,
+            b_ih=w.b_ih,
+            w_hr=w.w_hr,
+            **options,
+        )
+    h, c, h_n, c_n = found
     return h, c, (h_n,) if c_n is None else (h_n, c_n)
 
 
@@ -355,6 +383,7 @@ def describe(
         (steps, batch), packed = input.shape[:2], False
     w = weights[0]
     directions = 2 if bidirectional else 1
+    asked = () if options is None else options.asked
     return Problem(
         cell=cell.name,
         dtype=autocast_dtype(input) or input.dtype,
@@ -371,7 +400,7 @@ def describe(
         packed=packed,
         compiling=torch.compiler.is_compiling(),
         transformed=is_transformed(),
-        options=() if options is None else options.asked,
+        options=(*asked, "layer_norm") if isinstance(cell, NormCell) else asked,
         ordinal=input.device.index or 0,
     )
 

@@ -21,6 +21,7 @@ from . import functional
 from .backends import Problem, check_name
 from .cells import CELLS, Cell, States
 from .functional import Weights
+from .norm_cells import NormCell
 from .sequences import Options, jagged_rows
 
 # What our constructors take beyond torch.nn's and the backend; attributes of the same names.
@@ -225,8 +226,8 @@ class SequenceModule(RNNBase):
         else:
             states = state if self._has_cell_state else (state,)
             self._check_step_state(state, states)
-        if self.proj_size:
-            # There is no cell with a projection: a sequence of one step.
+        if self.proj_size or isinstance(cell, NormCell):
+            # There is no cell with a projection or with norms: a sequence of one step.
             self._check(x.unsqueeze(1 if self.batch_first else 0), state, None, weights[0].w_ih)
             y, final, _ = functional.rnn(
                 cell,
@@ -237,7 +238,7 @@ class SequenceModule(RNNBase):
                 training=self.training,
                 backend=self.backend,
             )
-            return y.squeeze(0), final
+            return y.squeeze(0), final if self._has_cell_state else final[0]
         layers = []
         for k, w in enumerate(weights):
             if k and self.dropout and self.training:

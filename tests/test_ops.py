@@ -144,9 +144,10 @@ def test_backward_gives_what_is_wanted_and_nothing_else(case):
 
 
 def test_every_op_is_checked():
-    """What the library registers is what the tests here and in test_step.py name."""
+    """What the library registers is what the tests here, in test_step.py and test_norm.py name."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if "fused_rnn::" in name}
     expected = {"layer", "layer_backward", "step", "step_backward"}
+    expected |= {"norm_layer", "norm_layer_backward"}
     assert {name.split("::")[1] for name in names} == expected
 
 

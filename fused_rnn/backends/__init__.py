@@ -5,6 +5,7 @@ A backend is a module here with ``NAME``, ``available() -> str | None`` and
 algorithm), and one or more of
 
 - ``layer(...)``: one layer in one direction over all steps;
+- ``norm_layer(...)``: the same for a cell with layer norms;
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
   a ``layer``, which runs cells under autocast, it may count on one dtype;
@@ -38,7 +39,8 @@ class Problem(NamedTuple):
     """What is asked of a backend. While compiling, sizes may be symbolic: do not branch on them.
 
     Args:
-        cell: name of the cell, a key of :data:`fused_rnn.cells.CELLS`.
+        cell: name of the cell, a key of :data:`fused_rnn.cells.CELLS` or, with ``layer_norm`` among
+            the options, of :data:`fused_rnn.norm_cells.NORM_CELLS`.
         dtype: dtype of ``gx``, that is, of the computation.
         device: device type, such as ``"cpu"``.
         T, N, I, H, P: sizes; ``T`` is 0 for one step of a cell module, ``P`` is 0 without a
@@ -50,7 +52,7 @@ class Problem(NamedTuple):
         transformed: forward-mode AD or a ``torch.func`` transform has to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep`` (the op's),
             ``cell_states`` (c over time), ``last_step`` (alone), ``reverse`` (as the only
-            direction), ``jagged`` (input).
+            direction), ``jagged`` (input), ``layer_norm``.
         ordinal: which of the devices of that type.
     """
 
