@@ -150,11 +150,12 @@ struct Gru {
 //   kGroups  neighbouring gates that are normalised together
 //   kJoint   the sum of the halves is normalised and comes as gh, gx is zero
 //   kNormsC  c' is normalised on its way into h
-//   kSaved   gates, then the recurrent half (with kJoint the sum), normalised, before gain and bias
+//   kSaved   gates; the recurrent half (with kJoint the sum) and c', normalised, before gain and
+//   bias
 
 // i, f, o = sigmoid(gx + gh);  g = tanh(gx + gh);  c' = f c + i g;  h' = o tanh(norm(c'))
 struct NormLstm : Lstm {
-  static constexpr int kId = 0, kSaved = 8;
+  static constexpr int kId = 0, kSaved = 9;
   static constexpr int kGroups[] = {4};
   static constexpr bool kJoint = false, kNormsC = true;
 

@@ -27,14 +27,13 @@ inline constexpr CellShape kCellShapes[kCellCount] = {
 // Cells with layer norms.
 enum NormCellId : int { kNormLstm = 0, kNormGru = 1, kNormGruJoint = 2, kNormCellCount = 3 };
 
-// `stats`: of each step, 1 / deviation of each group of gates, then (LSTM) mean and 1 / deviation
-// of c.
+// `stats`: of each step, 1 / deviation of each group of gates, then (LSTM) of c.
 struct NormCellShape : CellShape {
   int64_t stats;
 };
 
 inline constexpr NormCellShape kNormCellShapes[kNormCellCount] = {
-    {{"layer_norm_lstm", 4, 2, 8, false}, 3},
+    {{"layer_norm_lstm", 4, 2, 9, false}, 2},
     {{"layer_norm_gru", 3, 1, 6, false}, 2},
     {{"layer_norm_gru_joint", 3, 1, 6, false}, 1},
 };

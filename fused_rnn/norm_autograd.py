@@ -30,26 +30,27 @@ class _NormLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh, dc, dh_n, dc_n, *_):
-        grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[5:]
+        grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[6:]
         masks, inputs, kept = ctx.saved_tensors[:3], ctx.saved_tensors[3:11], ctx.saved_tensors[11:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            found = _differentiable_backward(ctx.cell, ctx.reverse, masks, inputs, grads, needs)
+            loop = {"reverse": ctx.reverse, **dict(zip(_MASKS, masks, strict=True))}
+            found = _differentiable_backward(ctx.cell, ctx.eps, inputs, grads, needs, loop)
         else:
-            found = _backward(ctx.cell, ctx.reverse, masks, inputs, grads, kept, needs)
-        return None, None, None, None, None, *found
+            found = _backward(ctx.cell, inputs, grads, kept, needs, ctx.reverse, masks)
+        return None, None, None, None, None, None, *found
 
 
 class _NormLayerInTransform(_NormLayer):
     """The form that ``torch.func`` asks for; its ``apply`` takes long to bind the arguments."""
 
     @staticmethod
-    def forward(cell: NormCell, reverse: bool, control, rows, h_mask, *inputs):
+    def forward(cell: NormCell, eps: float, reverse: bool, control, rows, h_mask, *inputs):
         masks = (control, rows, h_mask)
-        return _call(ops.norm_layer, cell.id, cell.eps, *inputs, reverse, True, *masks)
+        return _call(ops.norm_layer, cell.id, eps, *inputs, reverse, True, *masks)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.cell, ctx.reverse, *tensors = inputs
+        ctx.cell, ctx.eps, ctx.reverse, *tensors = inputs
         h, c, _, c_n, *kept = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*kept, *(() if ctx.cell.states == 2 else (c, c_n)))
@@ -57,7 +58,7 @@ class _NormLayerInTransform(_NormLayer):
         ctx.save_for_backward(*tensors, h, c, *kept)
 
 
-def _backward(cell: NormCell, reverse, masks, inputs, grads, kept, needs):
+def _backward(cell: NormCell, inputs, grads, kept, needs, reverse, masks):
     _, w_hh, *norm, h0, c0 = inputs
     wanted = needs[0] + 2 * needs[1] + 4 * any(needs[2:6])
     arguments = (cell.id, wanted, *grads, *kept, w_hh, *norm, h0, c0, reverse, *masks)
@@ -68,14 +69,11 @@ def _backward(cell: NormCell, reverse, masks, inputs, grads, kept, needs):
     return tuple(dx if need else None for dx, need in zip(found, needs, strict=True))
 
 
-def _differentiable_backward(cell: NormCell, reverse, masks, inputs, grads, needs):
+def _differentiable_backward(cell: NormCell, eps: float, inputs, grads, needs, loop):
     """As for the other cells: gradients as a graph, from the reference's own."""
     aliases: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
     gx, w_hh, *norm, h0, c0 = aliases
-    loop = dict(zip(_MASKS, masks, strict=True))
-    outputs = reference.norm_layer(
-        cell, gx, w_hh, Norm._make((*norm, cell.eps)), h0, c0, reverse=reverse, **loop
-    )
+    outputs = reference.norm_layer(cell, gx, w_hh, Norm._make((*norm, eps)), h0, c0, **loop)
     return _gradients(outputs, grads, aliases, needs)
 
 
@@ -96,7 +94,7 @@ def norm_layer(
     """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
 
     Args:
-        cell: one of :data:`fused_rnn.norm_cells.NORM_CELLS`, with any ``eps``.
+        cell: one of :data:`fused_rnn.norm_cells.NORM_CELLS`.
         gx: what ``cell.product`` makes of the input, ``[T,N,G*H]``.
         cells: keep the cell states also where no gradient is needed. Default: ``False``
 
@@ -106,9 +104,9 @@ def norm_layer(
     tensors, masks = (gx, w_hh, *norm.tensors, h0, c0), (control, rows, h_mask)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         function = _NormLayerInTransform if _in_transform() else _NormLayer
-        h, c, h_n, c_n, *_ = function.apply(cell, reverse, *masks, *tensors)
+        h, c, h_n, c_n, *_ = function.apply(cell, norm.eps, reverse, *masks, *tensors)
     else:
-        arguments = (cell.id, cell.eps, *tensors, reverse, cells, *masks)
+        arguments = (cell.id, norm.eps, *tensors, reverse, cells, *masks)
         h, c, h_n, c_n, *_ = _call(ops.norm_layer, *arguments)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

@@ -48,7 +48,7 @@ class NormCell(Cell):
         groups: how many neighbouring gates are normalised together, gate after gate.
         joint: the sum of ``gx`` and ``gh`` is normalised, and not each of them.
         stats: how many numbers a row's norms come down to, which the native forward keeps.
-        eps: what is added to a variance.
+        eps: what :meth:`norm` and :meth:`product` add to a variance.
     """
 
     groups: tuple[int, ...] = ()
@@ -103,7 +103,7 @@ def _gru_joint(gx: Tensor, gh: Tensor, states: States, norm: Norm) -> States:
 NORM_CELLS: dict[str, NormCell] = {
     cell.name: cell
     for cell in (
-        NormCell("layer_norm_lstm", 0, 4, 2, 8, False, "LSTM", _lstm, (4,), False, 3),
+        NormCell("layer_norm_lstm", 0, 4, 2, 9, False, "LSTM", _lstm, (4,), False, 2),
         NormCell("layer_norm_gru", 1, 3, 1, 6, False, "GRU", _gru, (2, 1), False, 2),
         NormCell("layer_norm_gru_joint", 2, 3, 1, 6, False, "GRU", _gru_joint, (3,), True, 1),
     )

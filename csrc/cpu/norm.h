@@ -29,15 +29,10 @@ FUSED_RNN_FN A sum_of(int64_t count, const Term& term) {
   return lanes[0];
 }
 
-// `scale` is 1 / sqrt(variance + eps).
+// Takes the mean of `count` values away; they go into `to`, which may be `from`. Returns
+// 1 / sqrt(variance + eps), which is left to multiply by.
 template <class A>
-struct Moments {
-  A mean, scale;
-};
-
-// The moments of `count` values, which go without their mean into `to`; it may be `from`.
-template <class A>
-Moments<A> centre(const A* from, A* to, int64_t count, A eps) {
+A centre(const A* from, A* to, int64_t count, A eps) {
   using V = Vec<A>;
   const A mean =
       sum_of<A>(count, [&](int64_t at, int64_t n) { return V::load(from + at, n); }) / A(count);
@@ -46,7 +41,7 @@ Moments<A> centre(const A* from, A* to, int64_t count, A eps) {
     const V x = V::load(to + at, n);
     return x * x;
   });
-  return {mean, 1 / square_root(squares / A(count) + eps)};
+  return 1 / square_root(squares / A(count) + eps);
 }
 
 // A flag that a function takes as an argument and a template as a parameter.
@@ -59,8 +54,9 @@ struct Constant {
 template <class Cell>
 struct Norms {
   static constexpr int kGroups = int(sizeof(Cell::kGroups) / sizeof(int));
-  static constexpr int kStats = kGroups + (Cell::kNormsC ? 2 : 0);
-  static constexpr int kKept = Cell::kSaved - Cell::kGates;  // gates in saved, before the norms
+  static constexpr int kStats = kGroups + Cell::kNormsC;
+  // Gates in saved, before what is normalised: the product, then c.
+  static constexpr int kKept = Cell::kSaved - Cell::kGates - Cell::kNormsC;
 
   // The group that a gate belongs to.
   static constexpr int group(int gate) {

@@ -70,14 +70,8 @@ class NormBackward : Backward<Cell, T> {
   const T* saved_row(int64_t index) const {
     return static_cast<const T*>(a.saved) + index * Cell::kSaved * a.H;
   }
-  // What the product of a row was, normalised.
+  // What was normalised in a row: the product, then c.
   const T* normed_row(int64_t index) const { return saved_row(index) + Norm::kKept * a.H; }
-  // c, normalised, but for the lanes from n on.
-  FUSED_RNN_FN V normed_c(int64_t index, int64_t unit, int64_t n) const {
-    const A* of = stats(index) + Norm::kGroups;
-    return (V::load(static_cast<const T*>(a.c) + index * a.H + unit, n) - V(of[0])) * V(of[1]);
-  }
-
   void run_steps(Share share) {
     for (int64_t step = slots.first_step() + slots.steps() - 1; step >= slots.first_step();
          --step) {
@@ -96,12 +90,12 @@ class NormBackward : Backward<Cell, T> {
   void through_c_norm(int64_t j) {
     const Live& row = live[j];
     A *d_o = dgh + j * gate_stride + 3 * a.H, *dc = dc_norm + j * a.H;
-    const T* o = saved_row(row.index) + 3 * a.H;
+    const T *o = saved_row(row.index) + 3 * a.H, *c = normed_row(row.index) + kGates * a.H;
     V sum(0), product(0);
     for (int64_t unit = 0; unit < a.H; unit += kWidth) {
       const int64_t n = a.H - unit;
       const V dh = this->add(V::load(this->dh0(row.n) + unit, n), a.dh, row.index * a.R + unit, n);
-      const V normed = normed_c(row.index, unit, n);
+      const V normed = V::load(c + unit, n);
       V dnorm, do_gate;
       Cell::backward_h(dh, V::load(o + unit, n), c_norm.apply(normed, unit, n), dnorm, do_gate);
       do_gate.store(d_o + unit, n);
@@ -111,12 +105,12 @@ class NormBackward : Backward<Cell, T> {
       sum = sum + d;
       product = product + d * normed;
     }
-    const A* of = stats(row.index) + Norm::kGroups;
+    const V scale(stats(row.index)[Norm::kGroups]);
     const V mean(total(sum) / A(a.H)), slope(total(product) / A(a.H));
     for (int64_t unit = 0; unit < a.H; unit += kWidth) {
       const int64_t n = a.H - unit;
-      const V d = V::load(dc + unit, n) - mean - normed_c(row.index, unit, n) * slope;
-      (d * V(of[1])).store(dc + unit, n);
+      const V d = V::load(dc + unit, n) - mean - V::load(c + unit, n) * slope;
+      (d * scale).store(dc + unit, n);
     }
   }
 
@@ -227,11 +221,7 @@ class NormBackward : Backward<Cell, T> {
     for (int64_t slot = begin; slot < end; ++slot) {
       const int64_t index = slots.index[slot];
       const V d = V::load(outer.at(block, slot));
-      V normed;
-      if (Cell::kNormsC && gate == kGates)
-        normed = normed_c(index, unit, n);
-      else
-        normed = V::load(normed_row(index) + gate * a.H + unit, n);
+      const V normed = V::load(normed_row(index) + gate * a.H + unit, n);
       const int64_t i = (slot - begin) % kSums;
       gain[i] = gain[i] + d * normed;
       bias[i] = bias[i] + d;

@@ -1,6 +1,6 @@
 // A layer with layer norms forward. A norm needs a row's products of all gates before the first
-// gate, so a step is passes over its rows: product, moments, gates, and for an LSTM the norm of c.
-// The rest of the way is Forward's.
+// gate, so a step is passes over its rows: product, its moments, gates, and for an LSTM the norm of
+// c. The rest of the way is Forward's.
 #pragma once
 
 #include "forward.h"
@@ -26,7 +26,7 @@ class NormForward : Forward<Cell, T> {
   // By the row's place among the shares:
   A* rows;       // [N][gate_stride] the product, later centred; an LSTM's o stays in its place
   A* centred_c;  // [N][H]
-  A* moments;    // [N][kStats], as in stats
+  A* stats;      // [N][kStats]
 
  public:
   NormForward(const NormForwardArgs& args, const Schedule& schedule, Arena& arena)
@@ -37,7 +37,7 @@ class NormForward : Forward<Cell, T> {
         c_norm(Cell::kNormsC ? a.H : 0, arena) {
     rows = arena.take<A>(a.N * gate_stride);
     centred_c = arena.take<A>(Cell::kNormsC ? a.N * a.H : 0);
-    moments = arena.take<A>(a.N * Norm::kStats);
+    stats = arena.take<A>(a.N * Norm::kStats);
   }
 
   void run() {
@@ -71,7 +71,7 @@ class NormForward : Forward<Cell, T> {
       if (args.stats)
         for (j = begin; j < end; ++j)
           memcpy(static_cast<A*>(args.stats) + live[j].index * Norm::kStats,
-                 moments + j * Norm::kStats, sizeof(A) * Norm::kStats);
+                 stats + j * Norm::kStats, sizeof(A) * Norm::kStats);
       this->carry_on(begin, end);
     }
   }
@@ -105,7 +105,7 @@ class NormForward : Forward<Cell, T> {
       }
     for (int i = 0; i < Norm::kGroups; ++i) {
       const int64_t width = Cell::kGroups[i] * a.H;
-      moments[j * Norm::kStats + i] = centre(row, row, width, A(args.eps)).scale;
+      stats[j * Norm::kStats + i] = centre(row, row, width, A(args.eps));
       row += width;
     }
   }
@@ -129,7 +129,7 @@ class NormForward : Forward<Cell, T> {
       const A* from = rows + (j + k) * gate_stride + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g) {
-        const A scale = moments[(j + k) * Norm::kStats + Norm::group(g)];
+        const A scale = stats[(j + k) * Norm::kStats + Norm::group(g)];
         const V normed = V::load(from + g * a.H, n) * V(scale);
         if (a.save) normed.store(row[k].saved + (Norm::kKept + g) * a.H + unit, n);
         gh[g].part[k] = gate_norm.apply(normed, g * a.H + unit, n);
@@ -159,11 +159,9 @@ class NormForward : Forward<Cell, T> {
 
   // An LSTM's h, which the norm of c makes.
   void show(int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      const Moments<A> found = centre(live[j].c1, centred_c + j * a.H, a.H, A(args.eps));
-      moments[j * Norm::kStats + Norm::kGroups] = found.mean;
-      moments[j * Norm::kStats + Norm::kGroups + 1] = found.scale;
-    }
+    for (int64_t j = begin; j < end; ++j)
+      stats[j * Norm::kStats + Norm::kGroups] =
+          centre(live[j].c1, centred_c + j * a.H, a.H, A(args.eps));
     int64_t j = begin;
     for (; j + 1 < end; j += 2)
       each_unit([&](auto full, int64_t unit) { show_units<2, full>(j, unit); });
@@ -176,10 +174,11 @@ class NormForward : Forward<Cell, T> {
     const int64_t n = kFull ? kWidth : a.H - unit;
     X o, normed;
     X::each([&](int k) {
-      const A scale = moments[(j + k) * Norm::kStats + Norm::kGroups + 1];
+      const A scale = stats[(j + k) * Norm::kStats + Norm::kGroups];
       o.part[k] = V::load(rows + (j + k) * gate_stride + 3 * a.H + unit, n);
-      normed.part[k] =
-          c_norm.apply(V::load(centred_c + (j + k) * a.H + unit, n) * V(scale), unit, n);
+      const V c = V::load(centred_c + (j + k) * a.H + unit, n) * V(scale);
+      if (a.save) c.store(live[j + k].saved + (Cell::kSaved - 1) * a.H + unit, n);
+      normed.part[k] = c_norm.apply(c, unit, n);
     });
     const X h = Cell::forward_h(o, normed);
     X::each([&](int k) { store_h(live[j + k], unit, n, h.part[k]); });
