@@ -23,10 +23,12 @@ pytestmark = [pytest.mark.op, needs_native]
 
 ops = torch.ops.fused_rnn
 
-EPS = 1e-4
+# What rounding does to a row without variance is multiplied by 1 / sqrt(eps), from step to step,
+# torch's and ours: with torch's 1e-5 one random problem says little of the next.
+EPS = 1e-2
 NORMS = ("gain", "bias", "c_gain", "c_bias")
-# The last one is of several chunks, on one thread and on more.
-SHAPES = ((7, 5, 33), (1, 1, 8), (3, 2, 3), (70, 9, 16))
+# The last one is of several chunks.
+SHAPES = ((7, 5, 33), (1, 1, 8), (3, 2, 3), (4, 130, 16))
 
 
 class NormProblem(Problem):
