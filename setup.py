@@ -238,7 +238,7 @@ def write_ninja(path: Path) -> None:
         ]
         others = [
             compile_source(f"{name}.cpp", f"{Path(name).name}.o")
-            for name in ("ops", "cpu/register")
+            for name in ("ops", "norm_ops", "cpu/register")
         ]
         check = []
         if len(INSTRUCTION_SETS) > 1:

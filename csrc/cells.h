@@ -82,27 +82,39 @@ struct Lstm {
     return saved[1] * c + saved[0] * saved[2];
   }
 
+  // The gates and c'.
   template <class A>
-  static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A* s, A* s1, A* saved) {
+  static FUSED_RNN_FN void forward_c(const A* gx, const A* gh, const A* s, A* s1, A* saved) {
     saved[0] = sigmoid(gx[0] + gh[0]);
     saved[1] = sigmoid(gx[1] + gh[1]);
     saved[2] = tanh(gx[2] + gh[2]);
     saved[3] = sigmoid(gx[3] + gh[3]);
     s1[1] = next_c(saved, s[1]);
+  }
+  // From dL/dc' and dL/do, o being the gate itself.
+  template <class A>
+  static FUSED_RNN_FN void backward_c(const A& dc, const A& d_o, const A* saved, const A* s, A* dgx,
+                                      A* dgh, A* ds) {
+    const A i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    dgx[0] = dgh[0] = dc * g * i * (A(1) - i);
+    dgx[1] = dgh[1] = dc * s[1] * f * (A(1) - f);
+    dgx[2] = dgh[2] = dc * i * (A(1) - g * g);
+    dgx[3] = dgh[3] = d_o * o * (A(1) - o);
+    ds[0] = A(0);
+    ds[1] = dc * f;
+  }
+
+  template <class A>
+  static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A* s, A* s1, A* saved) {
+    forward_c(gx, gh, s, s1, saved);
     s1[0] = saved[3] * tanh(s1[1]);
   }
   template <class A>
   static FUSED_RNN_FN void backward(const A* ds1, const A* saved, const A* s, const A* s1, A* dgx,
                                     A* dgh, A* ds) {
-    const A i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const A tanh_c = tanh(s1[1]);
-    const A dc = ds1[1] + ds1[0] * o * (A(1) - tanh_c * tanh_c);
-    dgx[0] = dgh[0] = dc * g * i * (A(1) - i);
-    dgx[1] = dgh[1] = dc * s[1] * f * (A(1) - f);
-    dgx[2] = dgh[2] = dc * i * (A(1) - g * g);
-    dgx[3] = dgh[3] = ds1[0] * tanh_c * o * (A(1) - o);
-    ds[0] = A(0);
-    ds[1] = dc * f;
+    const A dc = ds1[1] + ds1[0] * saved[3] * (A(1) - tanh_c * tanh_c);
+    backward_c(dc, ds1[0] * tanh_c, saved, s, dgx, dgh, ds);
   }
 };
 
@@ -130,6 +142,79 @@ struct Gru {
     dgx[1] = dgh[1] = ds1[0] * (s[0] - n) * z * (A(1) - z);
     ds[0] = ds1[0] * z;
   }
+};
+
+// Cells with layer norms. A norm takes mean and variance over units, so it is not a cell's own
+// business: gx and gh come normalised, and a step that has a norm inside is cut in two at it.
+//
+//   kGroups  neighbouring gates that are normalised together
+//   kJoint   the sum of the halves is normalised and comes as gh, gx is zero
+//   kNormsC  c' is normalised on its way into h
+//   kSaved   gates; the recurrent half (with kJoint the sum) and c', normalised, before gain and
+//   bias
+
+// i, f, o = sigmoid(gx + gh);  g = tanh(gx + gh);  c' = f c + i g;  h' = o tanh(norm(c'))
+struct NormLstm : Lstm {
+  static constexpr int kId = 0, kSaved = 9;
+  static constexpr int kGroups[] = {4};
+  static constexpr bool kJoint = false, kNormsC = true;
+
+  // h' from the norm of c'.
+  template <class A>
+  static FUSED_RNN_FN A forward_h(const A& o, const A& norm_c) {
+    return o * tanh(norm_c);
+  }
+  // dL/d of the norm of c', and dL/do.
+  template <class A>
+  static FUSED_RNN_FN void backward_h(const A& dh, const A& o, const A& norm_c, A& dnorm_c,
+                                      A& d_o) {
+    const A tanh_c = tanh(norm_c);
+    dnorm_c = dh * o * (A(1) - tanh_c * tanh_c);
+    d_o = dh * tanh_c;
+  }
+};
+
+// r = sigmoid(gx + gh);  z = sigmoid(gx + gh + kUpdateBias);  n = tanh(gx + r gh);
+// h' = h + z (n - h)
+template <int kUpdateBias>
+struct NormGruStep {
+  static constexpr int kGates = 3, kStates = 1, kSaved = 6;
+  static constexpr bool kHiddenIsElementwise = true, kNormsC = false;
+  // dgx and dgh differ in n. What meets the recurrent weight has gone through the norm.
+  static constexpr bool kSplitsGates = false;
+
+  template <class A>
+  static FUSED_RNN_FN void forward(const A* gx, const A* gh, const A* s, A* s1, A* saved) {
+    const A r = saved[0] = sigmoid(gx[0] + gh[0]);
+    const A z = saved[1] = sigmoid(gx[1] + gh[1] + A(kUpdateBias));
+    const A n = saved[2] = tanh(gx[2] + r * gh[2]);
+    s1[0] = s[0] + z * (n - s[0]);
+  }
+  // gh_n: the recurrent half of n
+  template <class A>
+  static FUSED_RNN_FN void backward(const A& dh, const A& gh_n, const A* saved, const A* s, A* dgx,
+                                    A* dgh, A* ds) {
+    const A r = saved[0], z = saved[1], n = saved[2];
+    dgx[2] = dh * z * (A(1) - n * n);
+    dgh[2] = dgx[2] * r;
+    dgx[0] = dgh[0] = dgx[2] * gh_n * r * (A(1) - r);
+    dgx[1] = dgh[1] = dh * (n - s[0]) * z * (A(1) - z);
+    ds[0] = dh * (A(1) - z);
+  }
+};
+
+// r and z are normalised together, n apart; the halves apart.
+struct NormGru : NormGruStep<0> {
+  static constexpr int kId = 1;
+  static constexpr int kGroups[] = {2, 1};
+  static constexpr bool kJoint = false;
+};
+
+// All gates of the sum are normalised together.
+struct NormGruJoint : NormGruStep<-1> {
+  static constexpr int kId = 2;
+  static constexpr int kGroups[] = {3};
+  static constexpr bool kJoint = true;
 };
 
 }  // namespace FUSED_RNN_NAMESPACE

@@ -24,6 +24,20 @@ inline constexpr CellShape kCellShapes[kCellCount] = {
     {"gru", 3, 1, 4, true},
 };
 
+// Cells with layer norms.
+enum NormCellId : int { kNormLstm = 0, kNormGru = 1, kNormGruJoint = 2, kNormCellCount = 3 };
+
+// `stats`: of each step, 1 / deviation of each group of gates, then (LSTM) of c.
+struct NormCellShape : CellShape {
+  int64_t stats;
+};
+
+inline constexpr NormCellShape kNormCellShapes[kNormCellCount] = {
+    {{"layer_norm_lstm", 4, 2, 9, false}, 2},
+    {{"layer_norm_gru", 3, 1, 6, false}, 2},
+    {{"layer_norm_gru_joint", 3, 1, 6, false}, 1},
+};
+
 // What forward and backward share.
 struct Layer {
   int cell;
@@ -91,6 +105,29 @@ struct BackwardArgs : Layer {
   void* dw_hh;  // [G*H, R]
   void* db_hh;  // [G*H]
   void* dw_hr;  // [P, H]
+};
+
+// The same with layer norms, x being gx. There is no b_hh: what is added is the norm's bias.
+struct NormForwardArgs : ForwardArgs {
+  double eps;
+  const void* gain;    // io [G*H]
+  const void* bias;    // io [G*H] or null
+  const void* c_gain;  // io [H], or null: c has no norm
+  const void* c_bias;  // io [H] or null
+  void* stats;         // carry [M, stats] or null
+};
+
+struct NormBackwardArgs : BackwardArgs {
+  const void* gain;
+  const void* bias;
+  const void* c_gain;
+  const void* c_bias;
+  const void* stats;
+  // Of io, and null where nobody asks.
+  void* dgain;    // [G*H]
+  void* dbias;    // [G*H]
+  void* dc_gain;  // [H]
+  void* dc_bias;  // [H]
 };
 
 // One step with both products given. Every tensor is io; backward reads what forward wrote.

@@ -33,7 +33,22 @@ inline constexpr const char* kStepBackwardSchema =
     "step_backward(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
     "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)";
 
-// Defines all in a library of torch's.
+// With layer norms, of the CPU alone. `gx` is the input's half of the gates, normalised but for a
+// joint norm.
+inline constexpr const char* kNormLayerSchema =
+    "norm_layer(int cell, float eps, Tensor gx, Tensor w_hh, Tensor gain, Tensor? bias, "
+    "Tensor? c_gain, Tensor? c_bias, Tensor? h0, Tensor? c0, bool reverse, bool save, "
+    "Tensor? control, Tensor? rows, Tensor? h_mask) "
+    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved, Tensor stats)";
+
+inline constexpr const char* kNormLayerBackwardSchema =
+    "norm_layer_backward(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
+    "Tensor h, Tensor c, Tensor saved, Tensor stats, Tensor w_hh, Tensor gain, Tensor? bias, "
+    "Tensor? c_gain, Tensor? c_bias, Tensor? h0, Tensor? c0, bool reverse, Tensor? control, "
+    "Tensor? rows, Tensor? h_mask) -> (Tensor dgx, Tensor dw_hh, Tensor dgain, Tensor dbias, "
+    "Tensor dc_gain, Tensor dc_bias, Tensor dh0, Tensor dc0)";
+
+// Defines those that every device has in a library of torch's.
 template <class Library>
 void define_ops(Library& library) {
   library.def(kLayerSchema);
@@ -42,6 +57,12 @@ void define_ops(Library& library) {
   library.def(kBidirectionalBackwardSchema);
   library.def(kStepSchema);
   library.def(kStepBackwardSchema);
+}
+
+template <class Library>
+void define_norm_ops(Library& library) {
+  library.def(kNormLayerSchema);
+  library.def(kNormLayerBackwardSchema);
 }
 
 }  // namespace fused_rnn

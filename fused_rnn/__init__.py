@@ -5,6 +5,7 @@ from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import explain
 from .modules import GRU, LSTM, RNN
+from .norm_modules import LayerNormGRU, LayerNormLSTM
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,8 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormLSTM",
     "RNNCell",
     "convert",
     "explain",

@@ -40,7 +40,7 @@ class Cell:
     saved: int
     splits_gates: bool
     mode: str
-    step: Callable[[Tensor, Tensor, States], States]
+    step: Callable[..., States]
 
 
 def _rnn_tanh(gx: Tensor, gh: Tensor, states: States) -> States:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import cell_modules, modules, sequence_module
+from . import cell_modules, modules, norm_modules, sequence_module
 from .backends import check_name
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -58,9 +58,14 @@ def revert(model: nn.Module) -> nn.Module:
         ``model``, or the new module if ``model`` is itself one of ours.
 
     Raises:
-        ValueError: a module has an option that torch.nn lacks. Nothing has been changed then.
+        ValueError: a module is or has what torch.nn lacks. Nothing has been changed then.
     """
     for name, m in model.named_modules():
+        if isinstance(m, norm_modules.LayerNormModule):
+            raise ValueError(
+                f"cannot revert {name or 'the model itself'}: torch.nn has no layer norms in a "
+                "recurrent module"
+            )
         if _plain_type(m) not in _TORCHS:
             continue
         if m.backend not in ("auto", "torch"):

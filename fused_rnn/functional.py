@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,17 +27,26 @@ from torch.compiler import is_compiling
 from .autograd import in_transform
 from .backends import LOG, SMALL_STEPS, Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
+from .norm_cells import NormCell
 from .sequences import Options, sent
 
 
 class Weights(NamedTuple):
-    """One layer in one direction, in torch.nn's names, order and shapes."""
+    """One layer in one direction, in torch.nn's names, order and shapes.
+
+    Where there are norms, biases are theirs, and they have gains: of the input's product, of the
+    recurrent product (or of the sum of both), ``[G*H]``; and with another bias of c, ``[H]``.
+    """
 
     w_ih: Tensor
     w_hh: Tensor
     b_ih: Tensor | None = None
     b_hh: Tensor | None = None
     w_hr: Tensor | None = None
+    g_ih: Tensor | None = None
+    g_hh: Tensor | None = None
+    g_c: Tensor | None = None
+    b_c: Tensor | None = None
 
 
 # The same of a cell, which has no projection. A plain tuple: the other takes longer to make than
@@ -61,7 +70,7 @@ def rnn(
     r"""A stack of recurrent layers.
 
     Args:
-        cell: one of :data:`fused_rnn.cells.CELLS`.
+        cell: one of :data:`fused_rnn.cells.CELLS`, or one with layer norms.
         input: ``[T,N,I]``, or ``[M,I]`` with ``batch_sizes``.
         states: ``(h_0,)`` or ``(h_0, c_0)``, each ``[L*D,N,*]``. ``None``: zeros.
         weights: one entry a layer and direction, the directions of a layer together.
@@ -87,6 +96,8 @@ def rnn(
         weights = [w._replace(w_hh=torch.dropout(w.w_hh, p, True)) for w in weights]
     tensors = [w for layer in weights for w in layer if w is not None]
     if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
+        if isinstance(cell, NormCell):
+            refuse(problem)
         chosen = torch_nn
     else:
         backend = requested(backend)
@@ -113,8 +124,10 @@ def rnn(
     if options is not None:
         loop = options.loop(problem.T, problem.N, input.device, rows)
         rows, reverses = loop.rows, (True,) if options.reverse else reverses
-        # Some backends multiply padding too, and 0 times NaN is NaN; this one leaves it out.
-        input = loop.input(input, clean=chosen.NAME != "cpu")
+        # Some backends multiply padding too, and 0 times NaN is NaN; this one leaves it out where
+        # it has the product.
+        clean = chosen.NAME != "cpu" or isinstance(cell, NormCell)
+        input = loop.input(input, clean=clean)
     keywords: dict[str, Any] = algorithm(backend)
     finals: list[States] = []
     for first in range(0, len(weights), problem.directions):
@@ -127,13 +140,14 @@ def rnn(
             entering = None if states is None else tuple(s[k] for s in states)
             if loop is not None:
                 entering = loop.enter(entering, k, reverse)
-            own = _operands(input, entering, weights[k])
+            own = _operands(cell, input, entering, weights[k])
             if loop is not None:
                 recurrent, hidden = weights[k].w_hh.size(1), problem.H
                 widths = (recurrent, hidden)[: cell.states]
                 own["control"] = loop.control(reverse)
                 own["h_mask"] = loop.h_mask(recurrent, problem.dtype)
-                own["keep"] = loop.keep(widths, carry_dtype(problem.dtype))
+                if (keep := loop.keep(widths, carry_dtype(problem.dtype))) is not None:
+                    own["keep"] = keep
             given.append({"reverse": reverse, **own})
         outputs, cells, states_after = _layer(chosen, cell, input, given, rows=rows, **keywords)
         if loop is not None:
@@ -153,6 +167,16 @@ def rnn(
         output = loop.output(input)
     c = loop.output(cast(joined(cells), dtypes[1])) if options.return_cell_states else None
     return cast(output, dtypes[0]), results, c
+
+
+def refuse(problem: Problem) -> NoReturn:
+    """Where torch.nn has no module that could refuse in its own words."""
+    if problem.T == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    raise RuntimeError(
+        "fused_rnn: input, states and parameters must be on one device and of one dtype; move them "
+        "with .to(...)"
+    )
 
 
 def joined(directions: Sequence[Tensor]) -> Tensor:
@@ -201,7 +225,7 @@ def step(
     chosen = select(problem, requested(backend))
     if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
         return chosen.cell_step(cell, input, h, c, *weights)[: cell.states]
-    own = _operands(input, (h,) if c is None else (h, c), Weights(*weights))
+    own = _operands(cell, input, (h,) if c is None else (h, c), Weights(*weights))
     _, _, (final,) = _layer(chosen, cell, input.unsqueeze(0), [own])
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
@@ -273,7 +297,7 @@ def check_step(cell: Cell, input: Tensor, states: States, weights: CellWeights) 
         torch_nn.cell_step(cell, input, states[0], states[-1], *weights)
 
 
-def _operands(input: Tensor, states: States | None, w: Weights) -> dict[str, Any]:
+def _operands(cell: Cell, input: Tensor, states: States | None, w: Weights) -> dict[str, Any]:
     """What one direction is given, by the names of a backend's ``layer``, in the dtype that
     autocast gives its GEMMs."""
     low = autocast_dtype(input)
@@ -285,7 +309,11 @@ def _operands(input: Tensor, states: States | None, w: Weights) -> dict[str, Any
         kept = (dtype, carry_dtype(dtype))
         h0, *c0s = (s if s.dtype in kept else s.to(kept[1]) for s in states)
         c0 = c0s[0] if c0s else None
-    return {"h0": h0, "c0": c0, **w._asdict()}
+    if isinstance(cell, NormCell):
+        return {"h0": h0, "c0": c0, "weights": w}
+    w_ih, w_hh, b_ih, b_hh, w_hr, *_ = w
+    own = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh, "w_hr": w_hr}
+    return {"h0": h0, "c0": c0, **own}
 
 
 def _layer(
@@ -300,13 +328,29 @@ def _layer(
     ``directions`` are what :func:`_operands` gives, and what acts in the loop. A transform has a
     rule for one direction alone.
     """
-    dtype = autocast_dtype(input) or input.dtype
-    if len(directions) == 2 and hasattr(chosen, "both") and not in_transform():
-        found = chosen.both(cell, cast(input, dtype), *directions, **shared)
+    x = cast(input, autocast_dtype(input) or input.dtype)
+    if isinstance(cell, NormCell):
+        found = [_norm_layer(chosen, cell, x, **own, **shared) for own in directions]
+    elif len(directions) == 2 and hasattr(chosen, "both") and not in_transform():
+        found = chosen.both(cell, x, *directions, **shared)
     else:
-        found = [chosen.layer(cell, cast(input, dtype), **own, **shared) for own in directions]
+        found = [chosen.layer(cell, x, **own, **shared) for own in directions]
     finals: list[States] = [(h_n,) if c_n is None else (h_n, c_n) for _, _, h_n, c_n in found]
     return [h for h, *_ in found], [c for _, c, *_ in found], finals
+
+
+def _norm_layer(
+    chosen: ModuleType,
+    cell: NormCell,
+    x: Tensor,
+    *,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Weights,
+    **options: Any,
+) -> Any:
+    gx = cast(cell.product(x, weights), x.dtype)
+    return chosen.norm_layer(cell, gx, weights.w_hh, cell.norm(weights), h0, c0, **options)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -384,6 +428,7 @@ def describe(
         (steps, batch), packed = input.shape[:2], False
     w = weights[0]
     directions = 2 if bidirectional else 1
+    asked = () if options is None else options.asked
     return Problem(
         cell=cell.name,
         dtype=autocast_dtype(input) or input.dtype,
@@ -400,7 +445,7 @@ def describe(
         packed=packed,
         compiling=is_compiling(),
         transformed=is_transformed(),
-        options=() if options is None else options.asked,
+        options=(*asked, "layer_norm") if isinstance(cell, NormCell) else asked,
         ordinal=input.device.index or 0,
     )
 

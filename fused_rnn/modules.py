@@ -106,7 +106,44 @@ class RNN(SequenceModule):
         )
 
 
-class LSTM(SequenceModule):
+class TwoStates(SequenceModule):
+    """A module whose state is ``(h, c)``, as torch.nn.LSTM checks it."""
+
+    def get_expected_cell_size(
+        self, input: Tensor, batch_sizes: Tensor | None
+    ) -> tuple[int, int, int]:
+        blocks, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return blocks, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        if batch_sizes is None:
+            self.check_input(input, batch_sizes)
+        for k, expected in enumerate((self.get_expected_hidden_size, self.get_expected_cell_size)):
+            self.check_hidden_size(
+                hidden[k],
+                expected(input, batch_sizes),
+                f"Expected hidden[{k}] size {{}}, got {{}}",
+            )
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        if permutation is None:
+            return hx
+        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
+
+    def _check_hidden_dim(self, hx: Any, batched: bool) -> None:
+        expected, kind = (3, "batched") if batched else (2, "unbatched")
+        if hx[0].dim() != expected or hx[1].dim() != expected:
+            raise RuntimeError(
+                f"For {kind} {expected}-D input, hx and cx should also be {expected}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+        if isinstance(hx, Tensor):
+            raise TypeError("lstm(): argument 'hx' must be tuple of Tensors, not Tensor")
+        if len(hx) != 2:
+            raise RuntimeError("lstm expects two hidden states")
+
+
+class LSTM(TwoStates):
     r"""A multi-layer long short-term memory, a drop-in for :class:`torch.nn.LSTM`.
 
     .. math::
@@ -192,39 +229,6 @@ class LSTM(SequenceModule):
             weight_dropout=weight_dropout,
             zoneout=zoneout,
         )
-
-    def get_expected_cell_size(
-        self, input: Tensor, batch_sizes: Tensor | None
-    ) -> tuple[int, int, int]:
-        blocks, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
-        return blocks, batch, self.hidden_size
-
-    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
-        if batch_sizes is None:
-            self.check_input(input, batch_sizes)
-        for k, expected in enumerate((self.get_expected_hidden_size, self.get_expected_cell_size)):
-            self.check_hidden_size(
-                hidden[k],
-                expected(input, batch_sizes),
-                f"Expected hidden[{k}] size {{}}, got {{}}",
-            )
-
-    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
-        if permutation is None:
-            return hx
-        return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
-
-    def _check_hidden_dim(self, hx: Any, batched: bool) -> None:
-        expected, kind = (3, "batched") if batched else (2, "unbatched")
-        if hx[0].dim() != expected or hx[1].dim() != expected:
-            raise RuntimeError(
-                f"For {kind} {expected}-D input, hx and cx should also be {expected}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
-        if isinstance(hx, Tensor):
-            raise TypeError("lstm(): argument 'hx' must be tuple of Tensors, not Tensor")
-        if len(hx) != 2:
-            raise RuntimeError("lstm expects two hidden states")
 
 
 class GRU(SequenceModule):

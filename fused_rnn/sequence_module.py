@@ -21,6 +21,7 @@ from . import functional
 from .backends import Problem, check_name
 from .cells import CELLS, Cell, States
 from .functional import Weights
+from .norm_cells import NormCell
 from .sequences import Options, jagged_rows
 
 # What our constructors take beyond torch.nn's and the backend; attributes of the same names.
@@ -231,8 +232,8 @@ class SequenceModule(RNNBase):
         else:
             states = state if self._has_cell_state else (state,)
             self._check_step_state(state, states)
-        if self.proj_size or self.zoneout:
-            # There is no cell with either: a sequence of one step.
+        if self.proj_size or self.zoneout or isinstance(cell, NormCell):
+            # There is no cell with any of these: a sequence of one step.
             self._check(x.unsqueeze(1 if self.batch_first else 0), state, None, weights[0].w_ih)
             y, final, _ = functional.rnn(
                 cell,

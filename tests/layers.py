@@ -208,11 +208,14 @@ def torch_layer(
     h_mask: Tensor | None = None,
     keep: Tensor | None = None,
     cells: bool = True,
+    step: Callable[..., list[Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """The layer by torch's own cells, all in the dtype of ``x``; ``cells`` changes nothing.
+    """The layer by torch's own cells, all in the dtype of ``x``; or by ``step`` in their place.
+    ``cells`` changes nothing.
 
     A cell multiplies its input by ``w_ih``; with the identity there it takes ``gx`` as it is.
     """
+    step = step or _torch_step
     T, N = (x if rows is None else rows).shape[:2]
     live = torch.ones(T, N, dtype=torch.bool) if rows is None else rows >= 0
     padded = x
@@ -234,7 +237,7 @@ def torch_layer(
         clear, hold, cut = ((control[t] & bit).bool().unsqueeze(-1) for bit in (CLEAR, HOLD, CUT))
         hold = hold | ~live[t].unsqueeze(-1)
         entering = [torch.where(clear, 0.0, torch.where(cut, s.detach(), s)) for s in states]
-        after = _torch_step(cell, padded[t], entering, weights, w_hr, h_mask)
+        after = step(cell, padded[t], entering, weights, w_hr, h_mask)
         widths = [s.size(1) for s in states]
         if keep is not None and keep.dtype is torch.uint8:
             after = list(map(torch.where, keep[t].bool().split(widths, -1), entering, after))
@@ -331,10 +334,15 @@ def run(layer: Callable[..., Any], problem: Problem) -> dict[str, Tensor]:
     return {name: x.detach() for name, x in named.items()} | gradients
 
 
-def check(layer: Callable[..., Any], problem: Problem) -> None:
+def check(
+    layer: Callable[..., Any],
+    problem: Problem,
+    torchs_layer: Callable[..., Any] = torch_layer,
+    exact_layer: Callable[..., Any] = oracle_layer,
+) -> None:
     """Hold every output and gradient of ``layer`` to the rule."""
-    ours, torchs = run(layer, problem), run(torch_layer, problem)
-    oracle = run(oracle_layer, problem.to(torch.float64))
+    ours, torchs = run(layer, problem), run(torchs_layer, problem)
+    oracle = run(exact_layer, problem.to(torch.float64))
     # Gates are of size 1, and h may be a small difference of them. So may 1 - h^2, whose rounding
     # is multiplied by dL/dh.
     gradient = max(float(x.abs().max()) for x in problem.grads.values() if x.numel())

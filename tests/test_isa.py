@@ -16,6 +16,7 @@ pytestmark = needs_native
 HERE = Path(__file__).resolve().parent
 TESTS = {
     "test_layer.py": ("outputs_and_gradients", "rounded_once", "saturate", "nan_and_infinity"),
+    "test_norm.py": ("outputs_and_gradients", "nan_and_infinity"),
     "test_step.py": ("as_good_as_torchs", "at_any_size", "nan_and_infinity"),
 }
 

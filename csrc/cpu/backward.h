@@ -11,6 +11,7 @@ using fused_rnn::BackwardArgs;
 
 template <class Cell, class T>
 class Backward {
+ protected:
   using A = typename Arithmetic<T>::type;
   using V = Vec<A>;
   static constexpr int64_t kWidth = V::kWidth;
@@ -102,7 +103,7 @@ class Backward {
     finish();
   }
 
- private:
+ protected:
   bool has_holes() const { return a.control || a.rows; }
   bool projects() const { return kProjects && a.w_hr; }
   A* dh0(int64_t n) const { return static_cast<A*>(a.dh0) + n * a.R; }

@@ -10,6 +10,7 @@ using fused_rnn::ForwardArgs;
 
 template <class Cell, class T>
 class Forward {
+ protected:
   using A = typename Arithmetic<T>::type;
   using V = Vec<A>;
   static constexpr int64_t kWidth = V::kWidth;
@@ -90,7 +91,7 @@ class Forward {
     finish();
   }
 
- private:
+ protected:
   void pack() {
     const int64_t inputs = input.count(), hiddens = hidden.count();
     parallel(schedule, inputs + hiddens + projection.count(), [&](int64_t i) {
@@ -161,10 +162,15 @@ class Forward {
       }
       if (a.w_hr) project(share.place, count, step);
       for (int64_t j = share.place; keeps() && j < share.place + count; ++j) keep_states(j);
-      for (int64_t j = share.place; j < share.place + count; ++j) {
-        state[who[j]] = state_after(who[j], live[j].index);
-        if constexpr (!kInPlace) flip[who[j]] = !flip[who[j]];
-      }
+      carry_on(share.place, share.place + count);
+    }
+  }
+
+  // The states after the step are those before the next one.
+  void carry_on(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      state[who[j]] = state_after(who[j], live[j].index);
+      if constexpr (!kInPlace) flip[who[j]] = !flip[who[j]];
     }
   }
 

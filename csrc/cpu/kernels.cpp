@@ -8,6 +8,8 @@
 #include "backward.h"
 #include "cell.h"
 #include "forward.h"
+#include "norm_backward.h"
+#include "norm_forward.h"
 #include "step.h"
 
 namespace FUSED_RNN_NAMESPACE {
@@ -33,6 +35,10 @@ template <class Cell, class T>
 constexpr auto forward_loop = make_loop<ForwardArgs, Forward<Cell, T>>();
 template <class Cell, class T>
 constexpr auto backward_loop = make_loop<BackwardArgs, Backward<Cell, T>>();
+template <class Cell, class T>
+constexpr auto norm_forward_loop = make_loop<NormForwardArgs, NormForward<Cell, T>>();
+template <class Cell, class T>
+constexpr auto norm_backward_loop = make_loop<NormBackwardArgs, NormBackward<Cell, T>>();
 
 template <class T>
 constexpr fused_rnn::Kernels kKernels = {
@@ -44,7 +50,11 @@ constexpr fused_rnn::Kernels kKernels = {
      Steps<Gru, T>::forward},
     {Steps<RnnTanh, T>::backward, Steps<RnnRelu, T>::backward, Steps<Lstm, T>::backward,
      Steps<Gru, T>::backward},
-    {run_cell<RnnTanh, T>, run_cell<RnnRelu, T>, run_cell<Lstm, T>, run_cell<Gru, T>}};
+    {run_cell<RnnTanh, T>, run_cell<RnnRelu, T>, run_cell<Lstm, T>, run_cell<Gru, T>},
+    {norm_forward_loop<NormLstm, T>, norm_forward_loop<NormGru, T>,
+     norm_forward_loop<NormGruJoint, T>},
+    {norm_backward_loop<NormLstm, T>, norm_backward_loop<NormGru, T>,
+     norm_backward_loop<NormGruJoint, T>}};
 
 }  // namespace
 

@@ -38,6 +38,9 @@ struct Kernels {
   Loop<BackwardArgs> backward[kCellCount];
   StepFunction step[kCellCount], step_backward[kCellCount];
   void (*cell[kCellCount])(const CellArgs&);
+  // By NormCellId.
+  Loop<NormForwardArgs> norm_forward[kNormCellCount];
+  Loop<NormBackwardArgs> norm_backward[kNormCellCount];
 };
 
 enum Scalar : int { kFloat = 0, kDouble = 1, kBFloat16 = 2, kHalf = 3, kScalarCount = 4 };

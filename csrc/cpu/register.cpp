@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../norm_ops.h"
 #include "../ops.h"
 #include "../schemas.h"
 #include "isa.h"
@@ -63,9 +64,9 @@ void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* con
   });
 }
 
-Schedule schedule_of(const Layer& layer) {
-  const double flops = 2.0 * double(layer.T) * double(layer.N) * double(layer.R) * double(layer.H) *
-                       double(kCellShapes[layer.cell].gates);
+Schedule schedule_of(const Layer& layer, int64_t gates) {
+  const double flops =
+      2.0 * double(layer.T) * double(layer.N) * double(layer.R) * double(layer.H) * double(gates);
   const double useful = 1 + flops / kFlopsPerThread;
   int64_t workers = torch::stable::get_num_threads();
   if (double(workers) > useful) workers = int64_t(useful);
@@ -88,19 +89,29 @@ struct Memory {
 };
 
 template <class Args>
-void run(const Loop<Args>& loop, const Args& args) {
-  const Schedule schedule = schedule_of(args);
+void run(const Loop<Args>& loop, const Args& args, const CellShape& cell) {
+  const Schedule schedule = schedule_of(args, cell.gates);
   const Memory memory(loop.bytes(args, schedule));
   loop.run(args, schedule, memory.data);
 }
 
 void forward(Directions<ForwardArgs> directions, const Tensor& like) {
   for (const ForwardArgs& args : directions)
-    run(best_kernels(scalar_of(like.scalar_type())).forward[args.cell], args);
+    run(best_kernels(scalar_of(like.scalar_type())).forward[args.cell], args,
+        kCellShapes[args.cell]);
 }
 void backward(Directions<BackwardArgs> directions, const Tensor& like) {
   for (const BackwardArgs& args : directions)
-    run(best_kernels(scalar_of(like.scalar_type())).backward[args.cell], args);
+    run(best_kernels(scalar_of(like.scalar_type())).backward[args.cell], args,
+        kCellShapes[args.cell]);
+}
+void norm_forward(const NormForwardArgs& args, const Tensor& like) {
+  run(best_kernels(scalar_of(like.scalar_type())).norm_forward[args.cell], args,
+      kNormCellShapes[args.cell]);
+}
+void norm_backward(const NormBackwardArgs& args, const Tensor& like) {
+  run(best_kernels(scalar_of(like.scalar_type())).norm_backward[args.cell], args,
+      kNormCellShapes[args.cell]);
 }
 
 void run_rows(StepFunction step, const StepArgs& args) {
@@ -118,6 +129,7 @@ void step_backward(const StepArgs& args, const Tensor& like) {
 }
 
 constexpr Device kCpu = {forward, backward, step, step_backward, 0};
+constexpr NormLoops kCpuNorms = {norm_forward, norm_backward};
 
 }  // namespace
 }  // namespace fused_rnn
@@ -129,8 +141,12 @@ void fused_rnn_cell(int cell, int scalar, int64_t N, int64_t I, int64_t H, const
       .cell[cell]({N, I, H, x, h, c, w_ih, w_hh, b_ih, b_hh, h1, c1});
 }
 
-STABLE_TORCH_LIBRARY(fused_rnn, library) { fused_rnn::define_ops(library); }
+STABLE_TORCH_LIBRARY(fused_rnn, library) {
+  fused_rnn::define_ops(library);
+  fused_rnn::define_norm_ops(library);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CPU, library) {
   fused_rnn::implement_ops<fused_rnn::kCpu>(library);
+  fused_rnn::implement_norm_ops<fused_rnn::kCpuNorms>(library);
 }

@@ -6,6 +6,7 @@ algorithm), and one or more of
 
 - ``layer(...)``: one layer in one direction over all steps;
 - ``both(...)``: both directions of a layer in one call, beside a ``layer``;
+- ``norm_layer(...)``: the same for a cell with layer norms;
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
   a ``layer``, which runs cells under autocast, it may count on one dtype;
@@ -39,7 +40,8 @@ class Problem(NamedTuple):
     """What is asked of a backend. While compiling, sizes may be symbolic: do not branch on them.
 
     Args:
-        cell: name of the cell, a key of :data:`fused_rnn.cells.CELLS`.
+        cell: name of the cell, a key of :data:`fused_rnn.cells.CELLS` or, with ``layer_norm`` among
+            the options, of :data:`fused_rnn.norm_cells.NORM_CELLS`.
         dtype: dtype of ``gx``, that is, of the computation.
         device: device type, such as ``"cpu"``.
         T, N, I, H, P: sizes; ``T`` is 0 for one step of a cell module, ``P`` is 0 without a
@@ -51,7 +53,7 @@ class Problem(NamedTuple):
         transformed: forward-mode AD or a ``torch.func`` transform has to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep`` (the op's),
             ``keep_share`` (``keep`` as shares), ``cell_states`` (c over time), ``last_step``
-            (alone), ``reverse`` (as the only direction), ``jagged`` (input).
+            (alone), ``reverse`` (as the only direction), ``jagged`` (input), ``layer_norm``.
         ordinal: which of the devices of that type.
     """
 

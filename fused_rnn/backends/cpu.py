@@ -11,11 +11,21 @@ from torch.nn.functional import linear
 from .. import native
 from ..autograd import layer, step
 from ..cells import CELLS, Cell
+from ..norm_autograd import norm_layer
 
 if TYPE_CHECKING:
     from . import Problem
 
-__all__ = ["NAME", "available", "cell_step", "explain", "is_small", "layer", "supports"]
+__all__ = [
+    "NAME",
+    "available",
+    "cell_step",
+    "explain",
+    "is_small",
+    "layer",
+    "norm_layer",
+    "supports",
+]
 
 NAME = "cpu"
 
@@ -48,6 +58,11 @@ def cannot_compute(problem: Problem) -> str | None:
 
 
 def explain(problem: Problem) -> str:
+    if "layer_norm" in problem.options:
+        return (
+            "input product and its norm in torch, time loop with the other norms in one native "
+            "call, the batch split over threads"
+        )
     if is_small(problem):
         return "one pass over the weights, past the dispatcher"
     if problem.T == 0:

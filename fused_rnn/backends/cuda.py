@@ -37,6 +37,8 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"it runs on CUDA devices, and the input is on {problem.device}"
+    if "layer_norm" in problem.options:
+        return "it has no kernels for layer norms"
     return cpu.cannot_compute(problem)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..cells import Cell, carry_dtype
+from ..norm_cells import Norm, NormCell
 
 if TYPE_CHECKING:
     from . import Problem
@@ -46,11 +48,12 @@ def layer(
     h_mask: Tensor | None = None,
     keep: Tensor | None = None,
     cells: bool = True,
+    norm: Norm | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
 
     ``x`` is the layer's input, or without ``w_ih`` its product ``gx``. ``cells`` changes nothing:
-    cell states are always kept.
+    cell states are always kept. ``norm`` is for the cells that have one.
 
     The half types are computed in float32 and rounded once, in the visible output.
     """
@@ -65,6 +68,10 @@ def layer(
         x.new_zeros(batch, width) if s is None else s.to(carry)
         for s, width in zip((h0, c0), widths, strict=False)
     )
+    step = cell.step
+    if norm is not None:
+        tensors = (None if n is None else n.to(carry) for n in norm.tensors)
+        step = partial(step, norm=Norm._make((*tensors, norm.eps)))
     hold = None if rows is None else rows < 0
     if control is not None:
         hold = (control & HOLD) != 0 if hold is None else hold | ((control & HOLD) != 0)
@@ -79,7 +86,7 @@ def layer(
             entering = tuple(s.masked_fill(clear, 0) for s in entering)
         x_t = x[t] if rows is None else _read(x, rows[t])
         operand = entering[0] if mask is None else entering[0] * mask
-        stepped = cell.step(x_t, torch.nn.functional.linear(operand, w, b), entering)
+        stepped = step(x_t, torch.nn.functional.linear(operand, w, b), entering)
         if projection is not None:
             stepped = (torch.nn.functional.linear(stepped[0], projection), *stepped[1:])
         if keep is not None and keep.dtype is torch.uint8:
@@ -104,6 +111,19 @@ def layer(
     if cell.states == 1:
         return visible[0], None, states[0], None
     return visible[0], visible[1], states[0], states[1]
+
+
+def norm_layer(
+    cell: NormCell,
+    gx: Tensor,
+    w_hh: Tensor,
+    norm: Norm,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    **loop: Any,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """:func:`layer` for a cell with layer norms."""
+    return layer(cell, gx, w_hh, None, h0, c0, norm=norm, **loop)
 
 
 def _read(x: Tensor, rows: Tensor) -> Tensor:

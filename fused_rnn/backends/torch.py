@@ -45,6 +45,7 @@ _LACKS = {
     "h_mask": "recurrent_dropout",
     "keep": "zoneout",
     "keep_share": "zoneout",
+    "layer_norm": "layer norms",
 }
 
 
