@@ -74,9 +74,9 @@ table run last."""
 LEFT_TO_CI = {
     f"test_{name}.py"
     for name in (
-        *("backends", "bench", "benchmarks", "build", "compare", "cuda_build", "docs"),
+        *("backends", "bench", "benchmarks", "build", "char_lm", "compare", "cuda_build", "docs"),
         *("emulator", "examples", "export_trace", "gpu_check", "gpu_grid", "isa", "plan"),
-        *("plots", "profile", "self_test", "streaming_sharded", "threads"),
+        *("plots", "profile", "real_models", "self_test", "streaming_sharded", "threads"),
         *("triton_compile", "tune"),
     )
 }

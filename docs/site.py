@@ -8,7 +8,9 @@ from mkdocs.structure.files import File, Files
 
 HOUSE = Path(__file__).resolve().parents[1]
 PICTURE = re.compile(r"\]\(\.\./(benchmarks/results/[^)]+\.png)\)")
-OUTSIDE = re.compile(r"\[([^]]+)\]\(\.\./((?:benchmarks|tests|csrc)/[^)#]+|README\.md)[^)]*\)")
+OUTSIDE = re.compile(
+    r"\[([^]]+)\]\(\.\./((?:benchmarks|examples|tests|csrc)/[^)#]+|README\.md)[^)]*\)"
+)
 
 
 def on_files(files: Files, config: Any) -> Files:
