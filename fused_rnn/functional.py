@@ -102,6 +102,8 @@ def rnn(
         # Some backends multiply padding too, and 0 times NaN is NaN; this one leaves it out.
         input = loop.input(input, clean=chosen.NAME != "cpu")
     keywords: dict[str, Any] = algorithm(backend)
+    if "recompute" in problem.options and not problem.transformed:
+        keywords["recompute"] = True
     finals: list[States] = []
     for first in range(0, len(weights), problem.directions):
         if first and dropout and training:

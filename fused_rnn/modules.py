@@ -42,6 +42,11 @@ class RNN(SequenceModule):
             2016). Default: 0
         weight_dropout: probability that an element of ``weight_hh`` is zeroed, in training, and
             scaled likewise; drawn for each call (DropConnect, as in Merity et al. 2017). Default: 0
+        recompute: for less memory in training, keep the states at up to 15 steps only, and compute
+            what lies between them again in the backward, a part at a time, the input's product
+            included. Results are those of ``False``, bit for bit; so are gradients, but that those
+            of weights are summed in another order. A second derivative keeps all. Default:
+            ``False``
 
     Inputs: input, h_0
         - **input** ``[T,N,I]``, ``[T,I]``, a ``PackedSequence``, or ``[N,j,I]`` of jagged layout
@@ -120,8 +125,8 @@ class LSTM(SequenceModule):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout: as
-            for :class:`RNN`.
+            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout,
+            recompute: as for :class:`RNN`.
         proj_size: P, the size of h if not H. Default: 0, no projection
         forget_bias: what ``b_ih`` and ``b_hh`` of the forget gate add up to at first; the first is
             set to it, the second to 0. Default: ``None``, both drawn as torch.nn's
@@ -164,6 +169,7 @@ class LSTM(SequenceModule):
         learn_initial_state: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        recompute: bool = False,
         forget_bias: float | None = None,
     ) -> None:
         if forget_bias is not None and not bias:
@@ -186,6 +192,7 @@ class LSTM(SequenceModule):
             learn_initial_state=learn_initial_state,
             recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
+            recompute=recompute,
         )
 
     def get_expected_cell_size(
@@ -237,8 +244,8 @@ class GRU(SequenceModule):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
-            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout: as
-            for :class:`RNN`.
+            dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout,
+            recompute: as for :class:`RNN`.
 
     Inputs, outputs, raises: as for :class:`RNN`.
 

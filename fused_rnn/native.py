@@ -212,6 +212,23 @@ def fake_step_backward(cell, dh1, dc1, h1, c1, saved, h, c) -> tuple[Tensor, ...
     )
 
 
+# csrc/schemas.h, for ops in Python that are to have the same.
+SCHEMAS = {
+    "layer": "(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, "
+    "Tensor? h0, Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, "
+    "Tensor? w_hr, Tensor? h_mask, Tensor? keep, int algorithm, bool tf32) "
+    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)",
+    "layer_backward": "(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
+    "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
+    "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
+    "Tensor? keep, int algorithm, bool tf32) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, "
+    "Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dw_hr)",
+    "step": "(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
+    "-> (Tensor h1, Tensor c1, Tensor saved)",
+    "step_backward": "(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
+    "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)",
+}
+
 FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "layer": fake_layer,
     "layer_backward": fake_layer_backward,

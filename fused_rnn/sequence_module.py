@@ -30,6 +30,7 @@ OPTIONS = (
     "forget_bias",
     "recurrent_dropout",
     "weight_dropout",
+    "recompute",
 )
 
 
@@ -54,6 +55,7 @@ class SequenceModule(RNNBase):
     forget_bias: float | None = None
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    recompute: bool = False
     _expected_input = "Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -65,6 +67,7 @@ class SequenceModule(RNNBase):
         learn_initial_state: bool = False,
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         check_name(backend)
@@ -80,6 +83,7 @@ class SequenceModule(RNNBase):
         self.learn_initial_state = learn_initial_state
         self.recurrent_dropout = recurrent_dropout
         self.weight_dropout = weight_dropout
+        self.recompute = recompute
         if learn_initial_state:
             like: Any = self.weight_hh_l0
             blocks = len(self._all_weights)
@@ -293,14 +297,16 @@ class SequenceModule(RNNBase):
                 batch = data.size(1) if batch_sizes is None else int(batch_sizes[0])
             states = self._start(batch)
         options = None
-        special = self.direction == "reverse" or self._is_regularised
+        special = self.direction == "reverse" or self._is_regularised or self._recomputes
         if asked is not None or rows is not None or special:
             options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
 
     def _options(self, asked: Options, input: Any, data: Tensor, rows: Tensor | None) -> Options:
         """What the op has to do beyond torch.nn, checked and time-major."""
-        options = asked._replace(reverse=self.direction == "reverse", rows=rows)
+        options = asked._replace(
+            reverse=self.direction == "reverse", rows=rows, recompute=self._recomputes
+        )
         if self._is_regularised:
             options = options._replace(
                 recurrent_dropout=self.recurrent_dropout, weight_dropout=self.weight_dropout
@@ -358,6 +364,11 @@ class SequenceModule(RNNBase):
     @property
     def _is_regularised(self) -> bool:
         return self.training and (self.recurrent_dropout > 0 or self.weight_dropout > 0)
+
+    @property
+    def _recomputes(self) -> bool:
+        """An RNN saves nothing but its states anyway."""
+        return self.recompute and self._cell.saved > 0 and torch.is_grad_enabled()
 
     @property
     def _has_cell_state(self) -> bool:

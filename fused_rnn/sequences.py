@@ -44,6 +44,7 @@ class Options(NamedTuple):
         recurrent_dropout: probability that a unit of h is zeroed, for a whole sequence, on its way
             into the recurrent product.
         weight_dropout: probability that an element of a recurrent weight is zeroed.
+        recompute: keep for the backward the states at few steps only.
     """
 
     lengths: Tensor | None = None
@@ -57,6 +58,7 @@ class Options(NamedTuple):
     initial: States | None = None
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
+    recompute: bool = False
 
     def given(self) -> dict[str, Any]:
         """What differs from the defaults, by name."""
@@ -105,6 +107,7 @@ class Options(NamedTuple):
             "last_step": self.last_step_only,
             "reverse": self.reverse,
             "jagged": self.rows is not None,
+            "recompute": self.recompute,
         }
         return tuple(name for name, wanted in asked.items() if wanted)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..cells import Cell, carry_dtype
 
@@ -46,14 +47,21 @@ def layer(
     h_mask: Tensor | None = None,
     keep: Tensor | None = None,
     cells: bool = True,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
 
     ``x`` is the layer's input, or without ``w_ih`` its product ``gx``. ``cells`` changes nothing:
-    cell states are always kept.
+    cell states are always kept. With ``recompute`` the layer's graph is made in its backward.
 
     The half types are computed in float32 and rounded once, in the visible output.
     """
+    if recompute and not _in_transform():
+        options: dict[str, Any] = {"control": control, "rows": rows, "w_hr": w_hr}
+        options |= {"h_mask": h_mask, "keep": keep}
+        options |= {"w_ih": w_ih, "b_ih": b_ih, "reverse": reverse}
+        given = (cell, x, w_hh, b_hh, h0, c0)
+        return checkpoint(layer, *given, use_reentrant=False, **options)
     gx = x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
     steps, batch = (gx if rows is None else rows).shape[:2]
     carry = carry_dtype(gx.dtype)
@@ -101,6 +109,11 @@ def layer(
     if cell.states == 1:
         return visible[0], None, states[0], None
     return visible[0], visible[1], states[0], states[1]
+
+
+def _in_transform() -> bool:
+    """Of ``torch.func``, none of which takes a checkpoint."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _read(x: Tensor, rows: Tensor) -> Tensor:

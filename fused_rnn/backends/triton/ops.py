@@ -11,27 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import recompute
 from ...cells import CELLS, Cell, carry_dtype
-from ...native import FAKES
+from ...native import FAKES, SCHEMAS
 from .tuning import ALGORITHMS, RECOMPUTE
 
 NAME = "fused_rnn_triton"
-SCHEMAS = {
-    "layer": "(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, "
-    "Tensor? h0, Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, "
-    "Tensor? w_hr, Tensor? h_mask, Tensor? keep, int algorithm, bool tf32) "
-    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)",
-    "layer_backward": "(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
-    "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
-    "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
-    "Tensor? keep, int algorithm, bool tf32) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, "
-    "Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dw_hr)",
-    "step": "(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
-    "-> (Tensor h1, Tensor c1, Tensor saved)",
-    "step_backward": "(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
-    "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)",
-}
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BY_ID = {cell.id: cell for cell in CELLS.values()}
 
@@ -285,6 +270,6 @@ def _define() -> torch.library.Library:
     return library
 
 
-_library = _define()
+_libraries = _define(), recompute.define(NAME)
 # What has them as attributes.
 library = getattr(torch.ops, NAME)
