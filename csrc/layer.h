@@ -75,6 +75,9 @@ struct BackwardArgs : Layer {
   void* dw_hh;  // [G*H, R]
   void* db_hh;  // [G*H]
   void* dw_hr;  // [P, H]
+  // The norm of each step's dL/dh, through the output and all later steps; of the carry dtype, null
+  // where nobody asks. Rows that hold have 0.
+  void* dh_norm;  // [M]
 };
 
 // One step with both products given. Every tensor is io; backward reads what forward wrote.

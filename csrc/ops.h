@@ -66,11 +66,13 @@ enum WantedBits : int64_t {
   kBiasIh = 4,
   kWeightHh = 8,
   kBiasHh = 16,
-  kWeightHr = 32
+  kWeightHr = 32,
+  kHiddenNorm = 64
 };
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 ForwardResult run_layer(const Device& device, int64_t cell, const Inputs& inputs, bool reverse,
                         bool save, const Options& options);

@@ -4,6 +4,7 @@ from .backends import use_backend
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import explain
+from .gradient_flow import gradient_flow
 from .modules import GRU, LSTM, RNN
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "RNNCell",
     "convert",
     "explain",
+    "gradient_flow",
     "revert",
     "use_backend",
 ]

@@ -25,12 +25,14 @@ class How(NamedTuple):
         again: they are those of ``recompute.py``.
         save: as the op's.
         last: the op's last arguments.
+        dh_norm: what the backward fills with the norm of dL/dh of each step, or None.
     """
 
     library: Any
     again: bool
     save: bool
     last: tuple[int, bool]
+    dh_norm: Tensor | None = None
 
 
 def _call(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -65,6 +67,7 @@ class _Layer(torch.autograd.Function):
         grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[7:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             loop = {"reverse": ctx.reverse, **dict(zip(_MASKS, masks, strict=True))}
+            loop["dh_norm"] = ctx.how.dh_norm
             found = _differentiable_backward(ctx.cell, inputs, grads, needs, loop)
         else:
             found = _backward(ctx.cell, inputs, grads, kept, needs, ctx.reverse, masks, ctx.how)
@@ -96,11 +99,15 @@ def _backward(cell: Cell, inputs, grads, kept, needs, reverse, masks, how):
     # The op's gradients stand in the order of the inputs; its bits leave out the states'.
     bits = (1, 2, 4, 8, 16, 0, 0, 32)
     wanted = sum(bit for bit, need in zip(bits, needs, strict=True) if need)
+    if how.dh_norm is not None:
+        wanted |= 64
     control, rows, h_mask, keep = masks
     options = (reverse, control, rows, w_hr, h_mask, keep)
     inputs = (x, w_ih, w_hh, h0, c0)
     arguments = (cell.id, wanted, *grads, *kept, *inputs, *options, *how.last)
-    found = list(_call(how.library.layer_backward, *arguments))
+    *found, dh_norm = _call(how.library.layer_backward, *arguments)
+    if how.dh_norm is not None:
+        how.dh_norm.copy_(dh_norm)
     if needs[5]:
         found[5] = found[5].to(h0.dtype)
     if needs[6]:
@@ -158,7 +165,7 @@ class _StepInTransform(_Step):
         ctx.save_for_backward(*tensors, h1, c1, saved)
 
 
-def _in_transform() -> bool:
+def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
@@ -194,7 +201,7 @@ def step(
     """
     library = library or ops
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gx, gh, h, c)):
-        function = _StepInTransform if _in_transform() else _Step
+        function = _StepInTransform if in_transform() else _Step
         h1, c1, _ = function.apply(cell, library, gx, gh, h, c)
     else:
         h1, c1, _ = library.step(cell.id, gx, gh, h, c, False)
@@ -220,6 +227,7 @@ def layer(
     algorithm: int = 0,
     cells: bool = False,
     recompute: bool = False,
+    dh_norm: Tensor | None = None,
     library: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
@@ -229,6 +237,8 @@ def layer(
         algorithm: number of one of the device's algorithms, 0 for its own choice. Default: 0
         cells: keep the cell states also where no gradient is needed. Default: ``False``
         recompute: keep for the backward the states at few steps only. Default: ``False``
+        dh_norm: what the backward fills with the norm of dL/dh of each step: ``[T,N]``, or
+            ``[M]`` with ``rows``, in the carry dtype. Default: ``None``
         library: whose ops run. Default: ``None``, the native ones
 
     Returns:
@@ -239,10 +249,10 @@ def layer(
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
     library, last = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        function = _LayerInTransform if _in_transform() else _Layer
-        how = How(library, False, True, last)
+        function = _LayerInTransform if in_transform() else _Layer
+        how = How(library, False, True, last, dh_norm)
         if recompute:
-            how = How(recomputing(library), True, cells, last)
+            how = How(recomputing(library), True, cells, last, dh_norm)
         masks = (control, rows, h_mask, keep)
         h, c, h_n, c_n, _ = function.apply(cell, reverse, how, *masks, *tensors)
     else:

@@ -71,6 +71,8 @@ def rnn(
     if options is not None and options.weight_dropout:
         p = options.weight_dropout
         weights = [w._replace(w_hh=torch.dropout(w.w_hh, p, True)) for w in weights]
+    if options is not None and options.flow is not None:
+        options.flow.begin(problem)
     tensors = [w for layer in weights for w in layer if w is not None]
     if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
         chosen = torch_nn
@@ -118,6 +120,8 @@ def rnn(
                 entering = loop.enter(entering, k, reverse)
                 keywords["control"] = loop.control(reverse)
                 keywords["h_mask"] = loop.h_mask(weights[k].w_hh.size(1), problem.dtype)
+            if options is not None and options.flow is not None:
+                keywords["dh_norm"] = options.flow.room(input, problem.dtype, loop)
             h, c, final = _layer(
                 chosen, cell, input, entering, weights[k], reverse=reverse, rows=rows, **keywords
             )

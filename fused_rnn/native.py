@@ -173,8 +173,8 @@ def fake_layer_backward(
     hidden, batch = gates // spec.gates, (x if rows is None else rows).shape[1]
     carry = carry_dtype(x.dtype)
 
-    def gradient(bit: int, exists: bool, shape: tuple[int, ...]) -> Tensor:
-        return x.new_empty(shape if wanted & bit and exists else (0,))
+    def gradient(bit: int, exists: bool, shape: tuple[int, ...], dtype: Any = None) -> Tensor:
+        return x.new_empty(shape if wanted & bit and exists else (0,), dtype=dtype)
 
     return (
         gradient(1, True, x.shape),
@@ -185,6 +185,7 @@ def fake_layer_backward(
         x.new_empty((batch, width), dtype=carry),
         x.new_empty((batch, hidden) if spec.states == 2 else (0,), dtype=carry),
         gradient(32, w_hr is not None, (width, hidden)),
+        gradient(64, True, x.shape[:-1], carry),
     )
 
 
@@ -222,7 +223,7 @@ SCHEMAS = {
     "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
     "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
     "Tensor? keep, int algorithm, bool tf32) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, "
-    "Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dw_hr)",
+    "Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dw_hr, Tensor dh_norm)",
     "step": "(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
     "-> (Tensor h1, Tensor c1, Tensor saved)",
     "step_backward": "(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "

@@ -23,7 +23,7 @@ CHUNKS = 16
 ROWS = 1024
 """Of a chunk at least: each call packs the weights, and makes gradients and workspace anew."""
 
-_DX = 1  # the bit of ``wanted``
+_DX, _DH_NORM = 1, 64  # bits of ``wanted``
 _BY_ID = {cell.id: cell for cell in CELLS.values()}
 _SCHEMAS = SCHEMAS | {
     # The biases for the forward, in place of what it would have left.
@@ -137,6 +137,8 @@ def layer_backward(
     chunks, has_c = Chunks(x.shape[:-1], reverse, control, rows, keep), _BY_ID[cell].states == 2
     carry, how = carry_dtype(x.dtype), (algorithm, tf32)
     dx = chunks.room(torch.empty_like(x) if wanted & _DX else x.new_empty(0))
+    norms = x.new_empty((*x.shape[:-1], 1) if wanted & _DH_NORM else 0, dtype=carry)
+    norms = chunks.room(norms)
 
     def gradients(number: int, at: slice, dh_n: Any, dc_n: Any) -> list[Tensor]:
         """Those of a chunk but dx; what it was computed from is gone before the next one."""
@@ -149,11 +151,12 @@ def layer_backward(
         h, c, _, _, gates = library.layer(
             cell, x_at, w_ih, b_ih, w_hh, b_hh, *entering, reverse, True, *options, *how
         )
-        dx_at, *found = library.layer_backward(
+        dx_at, *found, norms_at = library.layer_backward(
             cell, wanted, chunks.read(dh, at), chunks.read(dc, at), dh_n, dc_n, h, c, gates, x_at,
             w_ih, w_hh, *entering, reverse, *options, *how,
         )  # fmt: skip
         chunks.write(dx, at, dx_at)
+        chunks.write(norms, at, norms_at.unsqueeze(-1) if norms.dim() > 1 else norms_at)
         return found
 
     sums: list[Tensor] = []
@@ -166,7 +169,9 @@ def layer_backward(
         else:
             sums = [part.to(carry) for part in found]
     *found, dw_hr = (total.to(x.dtype) for total in sums)
-    return chunks.written(dx), *found, dh_n, dc_n, dw_hr
+    norms = chunks.written(norms)
+    norms = norms.squeeze(-1) if norms.dim() > 1 else norms
+    return chunks.written(dx), *found, dh_n, dc_n, dw_hr, norms
 
 
 def define(library: str) -> torch.library.Library:

@@ -56,6 +56,7 @@ class SequenceModule(RNNBase):
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     recompute: bool = False
+    _flow: Any = None  # the gradient_flow around the call
     _expected_input = "Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -298,6 +299,7 @@ class SequenceModule(RNNBase):
             states = self._start(batch)
         options = None
         special = self.direction == "reverse" or self._is_regularised or self._recomputes
+        special = special or self._is_watched
         if asked is not None or rows is not None or special:
             options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
@@ -311,6 +313,8 @@ class SequenceModule(RNNBase):
             options = options._replace(
                 recurrent_dropout=self.recurrent_dropout, weight_dropout=self.weight_dropout
             )
+        if self._is_watched:
+            options = options._replace(flow=self._flow.call(self, input))
         if options.return_cell_states and not self._has_cell_state:
             raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
         layout = "dense"
@@ -369,6 +373,10 @@ class SequenceModule(RNNBase):
     def _recomputes(self) -> bool:
         """An RNN saves nothing but its states anyway."""
         return self.recompute and self._cell.saved > 0 and torch.is_grad_enabled()
+
+    @property
+    def _is_watched(self) -> bool:
+        return self._flow is not None and torch.is_grad_enabled()
 
     @property
     def _has_cell_state(self) -> bool:

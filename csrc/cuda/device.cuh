@@ -113,6 +113,7 @@ struct Ops {
     });
   }
   static void backward(const BackwardArgs& args, const Tensor& like) {
+    STD_TORCH_CHECK(!args.dh_norm, "fused_rnn: the CUDA kernels lack dh_norm");
     Machine machine(like, args.tf32);
     dispatch(args.cell, like.scalar_type(), [&](auto cell, auto scalar) {
       run_backward<decltype(cell), decltype(scalar)>(args, machine);

@@ -50,7 +50,7 @@ class Problem(NamedTuple):
         transformed: forward-mode AD or a ``torch.func`` transform has to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep`` (the op's),
             ``cell_states`` (c over time), ``last_step`` (alone), ``reverse`` (as the only
-            direction), ``jagged`` (input), ``recompute``.
+            direction), ``jagged`` (input), ``recompute``, ``gradient_flow``.
         ordinal: which of the devices of that type.
     """
 

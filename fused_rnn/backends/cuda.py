@@ -26,6 +26,8 @@ def available() -> str | None:
 def supports(problem: Problem) -> str | None:
     if problem.device != "cuda":
         return f"it runs on CUDA devices, and the input is on {problem.device}"
+    if "gradient_flow" in problem.options:
+        return "it lacks the norms that gradient_flow records"
     return cpu.cannot_compute(problem)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,18 +49,20 @@ def layer(
     keep: Tensor | None = None,
     cells: bool = True,
     recompute: bool = False,
+    dh_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
 
     ``x`` is the layer's input, or without ``w_ih`` its product ``gx``. ``cells`` changes nothing:
-    cell states are always kept. With ``recompute`` the layer's graph is made in its backward.
+    cell states are always kept. With ``recompute`` the layer's graph is made in its backward,
+    which fills ``dh_norm``.
 
     The half types are computed in float32 and rounded once, in the visible output.
     """
     if recompute and not _in_transform():
         options: dict[str, Any] = {"control": control, "rows": rows, "w_hr": w_hr}
         options |= {"h_mask": h_mask, "keep": keep}
-        options |= {"w_ih": w_ih, "b_ih": b_ih, "reverse": reverse}
+        options |= {"w_ih": w_ih, "b_ih": b_ih, "reverse": reverse, "dh_norm": dh_norm}
         given = (cell, x, w_hh, b_hh, h0, c0)
         return checkpoint(layer, *given, use_reentrant=False, **options)
     gx = x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
@@ -93,6 +96,9 @@ def layer(
         if keep is not None:
             kept = keep[t].bool().split(widths, -1)
             stepped = tuple(map(torch.where, kept, entering, stepped))
+        if dh_norm is not None and stepped[0].requires_grad:
+            at = None if rows is None else rows[t]
+            stepped[0].register_hook(partial(_fill, dh_norm, t, at))
         if hold is None:
             states = stepped
             seen.append(states)
@@ -109,6 +115,16 @@ def layer(
     if cell.states == 1:
         return visible[0], None, states[0], None
     return visible[0], visible[1], states[0], states[1]
+
+
+def _fill(dh_norm: Tensor, t: int, rows: Tensor | None, dh: Tensor) -> None:
+    """Hook on a step's h. Squares of what has nearly vanished are no floats."""
+    norm = dh.detach().double().norm(dim=-1).to(dh_norm.dtype)
+    if rows is None:
+        dh_norm[t] = norm
+    else:
+        live = rows >= 0
+        dh_norm[rows[live].long()] = norm[live]
 
 
 def _in_transform() -> bool:

@@ -43,6 +43,7 @@ _LACKS = {
     "reverse": 'direction="reverse"',
     "jagged": "input of jagged layout",
     "h_mask": "recurrent_dropout",
+    "gradient_flow": "norms for gradient_flow",
 }
 
 

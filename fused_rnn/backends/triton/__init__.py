@@ -68,6 +68,8 @@ def supports(problem: Problem) -> str | None:
         return f"it computes in float32, bfloat16 and float16, not {problem.dtype}"
     if problem.P:
         return "it lacks projections (proj_size)"
+    if "gradient_flow" in problem.options:
+        return "it lacks the norms that gradient_flow records"
     if problem.device == "cuda" and not problem.compiling and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(problem.ordinal)
         if capability < (8, 0):

@@ -180,6 +180,8 @@ def layer_backward(
 ):  # fmt: skip
     options = (control, rows, w_hr, h_mask, keep, algorithm, tf32)
     p = Layer(cell, x, w_ih, w_hh, reverse, *options)
+    if wanted & 64:
+        raise RuntimeError("fused_rnn: the Triton backend lacks dh_norm")
     get, has_c, states = p.operands.get, p.cell.states == 2, (p.N, p.H)
     shown, carry = p.rows_of(p.H), carry_dtype(x.dtype)
     dh = get("dh", dh, shown)
@@ -213,7 +215,7 @@ def layer_backward(
         x.new_empty((0,)) if g is None or not wanted & bit else g
         for g, bit in zip(found, (1, 2, 4, 8, 16), strict=True)
     )
-    return (*given, dh0, dc0, x.new_empty((0,)))
+    return (*given, dh0, dc0, x.new_empty((0,)), x.new_empty((0,), dtype=carry))
 
 
 def step(cell, gx, gh, h, c, save):
