@@ -105,6 +105,9 @@ struct BackwardArgs : Layer {
   void* dw_hh;  // [G*H, R]
   void* db_hh;  // [G*H]
   void* dw_hr;  // [P, H]
+  // The norm of each step's dL/dh, through the output and all later steps; of the carry dtype, null
+  // where nobody asks. Rows that hold have 0.
+  void* dh_norm;  // [M]
 };
 
 // The same with layer norms, x being gx. There is no b_hh: what is added is the norm's bias.

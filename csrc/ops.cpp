@@ -241,13 +241,16 @@ Call<BackwardArgs, BackwardResult> prepare(const Device& device, int64_t cell,
   args.c0 = p.has_c() ? p.hold(operands.get("c0", inputs.c0, {N, H}, p.io, true)) : nullptr;
 
   // Empty where it is not wanted. A batch of none has gradients too: zeros.
-  const auto gradient = [&](int64_t bit, bool exists, Shape shape, void*& data) {
+  const auto result = [&](int64_t bit, bool exists, Shape shape, ScalarType type, void*& data) {
     const bool given = (back.wanted & bit) && exists;
     if (!given) shape = {0};
     Tensor x =
-        N > 0 ? allocate(inputs.x, shape, p.io) : torch::stable::new_zeros(inputs.x, shape, p.io);
+        N > 0 ? allocate(inputs.x, shape, type) : torch::stable::new_zeros(inputs.x, shape, type);
     data = given ? x.mutable_data_ptr() : nullptr;
     return x;
+  };
+  const auto gradient = [&](int64_t bit, bool exists, const Shape& shape, void*& data) {
+    return result(bit, exists, shape, p.io, data);
   };
   const bool has_w_ih = inputs.w_ih.has_value();
   const Tensor dx = gradient(kInput, true, p.rows_of(I), args.dx);
@@ -256,11 +259,12 @@ Call<BackwardArgs, BackwardResult> prepare(const Device& device, int64_t cell,
   const Tensor dw_hh = gradient(kWeightHh, true, {p.gates(), R}, args.dw_hh);
   const Tensor db_hh = gradient(kBiasHh, true, {p.gates()}, args.db_hh);
   const Tensor dw_hr = gradient(kWeightHr, back.of.options.w_hr.has_value(), {R, H}, args.dw_hr);
+  const Tensor dh_norm = result(kHiddenNorm, true, p.lead, p.carry, args.dh_norm);
   const Tensor dh0 = allocate(inputs.x, {N, R}, p.carry);
   const Tensor dc0 = allocate(inputs.x, p.has_c() ? Shape{N, H} : Shape{0}, p.carry);
   args.dh0 = dh0.mutable_data_ptr();
   args.dc0 = p.has_c() ? dc0.mutable_data_ptr() : nullptr;
-  return {std::move(p), args, {dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0, dw_hr}};
+  return {std::move(p), args, {dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0, dw_hr, dh_norm}};
 }
 
 // Runs the directions that are prepared: there is one at least.

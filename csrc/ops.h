@@ -81,11 +81,13 @@ enum WantedBits : int64_t {
   kBiasIh = 4,
   kWeightHh = 8,
   kBiasHh = 16,
-  kWeightHr = 32
+  kWeightHr = 32,
+  kHiddenNorm = 64
 };
 
 using ForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using BackwardResult =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // One direction of a layer, or both in one call of the device.
 std::vector<ForwardResult> run_layer(const Device& device, int64_t cell,

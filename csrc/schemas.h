@@ -15,7 +15,7 @@ inline constexpr const char* kLayerBackwardSchema =
     "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
     "Tensor? keep, int algorithm, bool tf32) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor "
     "dw_hh, Tensor db_hh, "
-    "Tensor dh0, Tensor dc0, Tensor dw_hr)";
+    "Tensor dh0, Tensor dc0, Tensor dw_hr, Tensor dh_norm)";
 
 inline constexpr const char* kBidirectionalSchema =
     "bidirectional(int cell, Tensor x, Tensor?[] forward, Tensor?[] reverse, bool save, "

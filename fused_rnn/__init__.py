@@ -4,6 +4,7 @@ from .backends import use_backend
 from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import convert, revert
 from .explain import explain
+from .gradient_flow import gradient_flow
 from .modules import GRU, LSTM, RNN
 from .norm_modules import LayerNormGRU, LayerNormLSTM
 
@@ -20,6 +21,7 @@ __all__ = [
     "RNNCell",
     "convert",
     "explain",
+    "gradient_flow",
     "revert",
     "use_backend",
 ]

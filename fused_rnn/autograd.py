@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import cudnn, reference
 from .cells import Cell
+from .recompute import over as recomputing
 
 ops = torch.ops.fused_rnn
 
 # What acts inside the loop beside the weights, in the order in which a layer's Function takes it.
 _MASKS = ("control", "rows", "h_mask", "keep")
+
+
+class How(NamedTuple):
+    """Which ops run a layer, and how.
+
+    Args:
+        library: has the ops as attributes.
+        again: they are those of ``recompute.py``.
+        save: as the op's.
+        last: the op's last arguments.
+        dh_norm: what the backward fills with the norm of dL/dh of each step, or None.
+    """
+
+    library: Any
+    again: bool
+    save: bool
+    last: tuple[int, bool]
+    dh_norm: Tensor | None = None
 
 
 def _call(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -44,10 +63,11 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh, dc, dh_n, dc_n, _):
-        masks, inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:-3], ctx.saved_tensors[-3:]
+        masks, inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:12], ctx.saved_tensors[12:]
         grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[7:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             loop = {"reverse": ctx.reverse, **dict(zip(_MASKS, masks, strict=True))}
+            loop["dh_norm"] = ctx.how.dh_norm
             found = _differentiable_backward(ctx.cell, inputs, grads, needs, loop)
         else:
             found = _backward(ctx.cell, inputs, grads, kept, needs, ctx.reverse, masks, ctx.how)
@@ -60,8 +80,8 @@ class _LayerInTransform(_Layer):
     @staticmethod
     def forward(cell: Cell, reverse: bool, how, control, rows, h_mask, keep, *inputs):
         options = (control, rows, inputs[-1], h_mask, keep)
-        library, *how = how
-        return _call(library.layer, cell.id, *inputs[:-1], reverse, True, *options, *how)
+        op = how.library.layer
+        return _call(op, cell.id, *inputs[:-1], reverse, how.save, *options, *how.last)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -69,20 +89,25 @@ class _LayerInTransform(_Layer):
         h, c, _, c_n, saved = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c, c_n)))
-        ctx.save_for_backward(*tensors, h, c, saved)
+        ctx.save_for_backward(*tensors, *(() if ctx.how.again else (h, c)), saved)
 
 
 def _backward(cell: Cell, inputs, grads, kept, needs, reverse, masks, how):
-    x, w_ih, _, w_hh, _, h0, c0, w_hr = inputs
+    x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = inputs
+    if how.again:
+        kept = (b_ih, b_hh, *kept)
     # The op's gradients stand in the order of the inputs; its bits leave out the states'.
     bits = (1, 2, 4, 8, 16, 0, 0, 32)
     wanted = sum(bit for bit, need in zip(bits, needs, strict=True) if need)
+    if how.dh_norm is not None:
+        wanted |= 64
     control, rows, h_mask, keep = masks
     options = (reverse, control, rows, w_hr, h_mask, keep)
     inputs = (x, w_ih, w_hh, h0, c0)
-    library, *how = how
-    arguments = (cell.id, wanted, *grads, *kept, *inputs, *options, *how)
-    found = list(_call(library.layer_backward, *arguments))
+    arguments = (cell.id, wanted, *grads, *kept, *inputs, *options, *how.last)
+    *found, dh_norm = _call(how.library.layer_backward, *arguments)
+    if how.dh_norm is not None:
+        how.dh_norm.copy_(dh_norm)
     if needs[5]:
         found[5] = found[5].to(h0.dtype)
     if needs[6]:
@@ -202,6 +227,8 @@ def layer(
     keep: Tensor | None = None,
     algorithm: int = 0,
     cells: bool = False,
+    recompute: bool = False,
+    dh_norm: Tensor | None = None,
     library: Any = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; ``docs/architecture.md`` has the contract.
@@ -210,22 +237,29 @@ def layer(
         x: the layer's input ``[T,N,I]``, or without ``w_ih`` its product ``gx`` ``[T,N,G*H]``.
         algorithm: number of one of the device's algorithms, 0 for its own choice. Default: 0
         cells: keep the cell states also where no gradient is needed. Default: ``False``
+        recompute: keep for the backward the states at few steps only. Default: ``False``
+        dh_norm: what the backward fills with the norm of dL/dh of each step: ``[T,N]``, or
+            ``[M]`` with ``rows``, in the carry dtype. Default: ``None``
         library: whose ops run. Default: ``None``, the native ones
 
     Returns:
         ``h, c, h_n, c_n``. ``c`` is ``None`` for cells without one, and where no gradient is
-        needed, since nothing then keeps the cell states, unless ``cells`` asks for them.
+        needed or ``recompute`` is asked for, since nothing then keeps the cell states, unless
+        ``cells`` asks for them.
     """
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
-    library, how = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
+    library, last = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         function = _LayerInTransform if in_transform() else _Layer
+        how = How(library, False, True, last, dh_norm)
+        if recompute:
+            how = How(recomputing(library), True, cells, last, dh_norm)
         masks = (control, rows, h_mask, keep)
-        h, c, h_n, c_n, _ = function.apply(cell, reverse, (library, *how), *masks, *tensors)
+        h, c, h_n, c_n, _ = function.apply(cell, reverse, how, *masks, *tensors)
     else:
         options = (control, rows, w_hr, h_mask, keep)
         h, c, h_n, c_n, _ = _call(
-            library.layer, cell.id, *tensors[:-1], reverse, cells, *options, *how
+            library.layer, cell.id, *tensors[:-1], reverse, cells, *options, *last
         )
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

@@ -33,7 +33,7 @@ _BITS = {
     "keep": 0,
 }
 # The order in which the op returns a direction's gradients.
-_GRADIENTS = ("x", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0", "w_hr")
+_GRADIENTS = ("x", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0", "w_hr", "dh_norm")
 
 
 class _Both(torch.autograd.Function):
@@ -78,7 +78,7 @@ def _backward(cell: Cell, how, rows, inputs, grads, kept, needs):
     wanted = [needs[0] + sum(compress(_BITS.values(), needed)) for needed in of_each]
     arguments = (cell.id, wanted, grads, kept, x, *directions, rows, *how)
     found = autograd._call(library.bidirectional_backward, *arguments)
-    first, second = (dict(zip(_GRADIENTS, some, strict=True)) for some in (found[:8], found[8:]))
+    first, second = (dict(zip(_GRADIENTS, some, strict=True)) for some in (found[:9], found[9:]))
     gradients = [first["x"].add_(second["x"]) if needs[0] else None]
     for by_name, given, needed in zip((first, second), directions, of_each, strict=True):
         for name, operand, need in zip(_BITS, given, needed, strict=True):

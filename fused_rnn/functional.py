@@ -94,6 +94,8 @@ def rnn(
     if options is not None and options.weight_dropout:
         p = options.weight_dropout
         weights = [w._replace(w_hh=torch.dropout(w.w_hh, p, True)) for w in weights]
+    if options is not None and options.flow is not None:
+        options.flow.begin(problem)
     tensors = [w for layer in weights for w in layer if w is not None]
     if problem.T == 0 or not agree(input, (*(states or ()), *tensors)):
         if isinstance(cell, NormCell):
@@ -129,6 +131,8 @@ def rnn(
         clean = chosen.NAME != "cpu" or isinstance(cell, NormCell)
         input = loop.input(input, clean=clean)
     keywords: dict[str, Any] = algorithm(backend)
+    if "recompute" in problem.options and not problem.transformed:
+        keywords["recompute"] = True
     finals: list[States] = []
     for first in range(0, len(weights), problem.directions):
         if first and dropout and training:
@@ -148,6 +152,8 @@ def rnn(
                 own["h_mask"] = loop.h_mask(recurrent, problem.dtype)
                 if (keep := loop.keep(widths, carry_dtype(problem.dtype))) is not None:
                     own["keep"] = keep
+            if options is not None and options.flow is not None:
+                own["dh_norm"] = options.flow.room(input, problem.dtype, loop)
             given.append({"reverse": reverse, **own})
         outputs, cells, states_after = _layer(chosen, cell, input, given, rows=rows, **keywords)
         if loop is not None:
@@ -326,12 +332,13 @@ def _layer(
     """The outputs, cell states and final states of a layer, each by direction.
 
     ``directions`` are what :func:`_operands` gives, and what acts in the loop. A transform has a
-    rule for one direction alone.
+    rule for one direction alone, and what is computed again is one direction's.
     """
     x = cast(input, autocast_dtype(input) or input.dtype)
+    apart = in_transform() or "recompute" in shared or "dh_norm" in directions[0]
     if isinstance(cell, NormCell):
         found = [_norm_layer(chosen, cell, x, **own, **shared) for own in directions]
-    elif len(directions) == 2 and hasattr(chosen, "both") and not in_transform():
+    elif len(directions) == 2 and hasattr(chosen, "both") and not apart:
         found = chosen.both(cell, x, *directions, **shared)
     else:
         found = [chosen.layer(cell, x, **own, **shared) for own in directions]

@@ -45,6 +45,11 @@ class RNN(SequenceModule):
         zoneout: probability p that a unit of the state stays what it was before the step, in
             training, drawn for each step; in evaluation the state is p times what it was and 1 - p
             times what it would become (Krueger et al. 2017). Default: 0
+        recompute: for less memory in training, keep the states at up to 15 steps only, and compute
+            what lies between them again in the backward, a part at a time, the input's product
+            included. Results are those of ``False``, bit for bit; so are gradients, but that those
+            of weights are summed in another order. A second derivative keeps all. Default:
+            ``False``
 
     Inputs: input, h_0
         - **input** ``[T,N,I]``, ``[T,I]``, a ``PackedSequence``, or ``[N,j,I]`` of jagged layout
@@ -161,7 +166,7 @@ class LSTM(TwoStates):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout,
-            zoneout: as for :class:`RNN`; ``zoneout`` may be a pair, for h and for c.
+            zoneout, recompute: as for :class:`RNN`; ``zoneout`` may be a pair, for h and for c.
         proj_size: P, the size of h if not H. Default: 0, no projection
         forget_bias: what ``b_ih`` and ``b_hh`` of the forget gate add up to at first; the first is
             set to it, the second to 0. Default: ``None``, both drawn as torch.nn's
@@ -205,6 +210,7 @@ class LSTM(TwoStates):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
+        recompute: bool = False,
         forget_bias: float | None = None,
     ) -> None:
         if forget_bias is not None and not bias:
@@ -228,6 +234,7 @@ class LSTM(TwoStates):
             recurrent_dropout=recurrent_dropout,
             weight_dropout=weight_dropout,
             zoneout=zoneout,
+            recompute=recompute,
         )
 
 
@@ -247,7 +254,7 @@ class GRU(SequenceModule):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device,
             dtype, backend, direction, learn_initial_state, recurrent_dropout, weight_dropout,
-            zoneout: as for :class:`RNN`.
+            zoneout, recompute: as for :class:`RNN`.
 
     Inputs, outputs, raises: as for :class:`RNN`.
 

@@ -173,8 +173,8 @@ def fake_layer_backward(
     hidden, batch = gates // spec.gates, (x if rows is None else rows).shape[1]
     carry = carry_dtype(x.dtype)
 
-    def gradient(bit: int, exists: bool, shape: tuple[int, ...]) -> Tensor:
-        return x.new_empty(shape if wanted & bit and exists else (0,))
+    def gradient(bit: int, exists: bool, shape: tuple[int, ...], dtype: Any = None) -> Tensor:
+        return x.new_empty(shape if wanted & bit and exists else (0,), dtype=dtype)
 
     return (
         gradient(1, True, x.shape),
@@ -185,6 +185,7 @@ def fake_layer_backward(
         x.new_empty((batch, width), dtype=carry),
         x.new_empty((batch, hidden) if spec.states == 2 else (0,), dtype=carry),
         gradient(32, w_hr is not None, (width, hidden)),
+        gradient(64, True, x.shape[:-1], carry),
     )
 
 
@@ -234,6 +235,23 @@ def fake_bidirectional_backward(
 
     return one(0, forward) + one(1, reverse)
 
+
+# csrc/schemas.h, for ops in Python that are to have the same.
+SCHEMAS = {
+    "layer": "(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, "
+    "Tensor? h0, Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, "
+    "Tensor? w_hr, Tensor? h_mask, Tensor? keep, int algorithm, bool tf32) "
+    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)",
+    "layer_backward": "(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
+    "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
+    "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
+    "Tensor? keep, int algorithm, bool tf32) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, "
+    "Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dw_hr, Tensor dh_norm)",
+    "step": "(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
+    "-> (Tensor h1, Tensor c1, Tensor saved)",
+    "step_backward": "(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
+    "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)",
+}
 
 FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "layer": fake_layer,

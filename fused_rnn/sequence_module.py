@@ -32,6 +32,7 @@ OPTIONS = (
     "recurrent_dropout",
     "weight_dropout",
     "zoneout",
+    "recompute",
 )
 
 
@@ -57,6 +58,8 @@ class SequenceModule(RNNBase):
     recurrent_dropout: float = 0.0
     weight_dropout: float = 0.0
     zoneout: float | tuple[float, float] = 0.0
+    recompute: bool = False
+    _flow: Any = None  # the gradient_flow around the call
     _expected_input = "Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(
@@ -69,6 +72,7 @@ class SequenceModule(RNNBase):
         recurrent_dropout: float = 0.0,
         weight_dropout: float = 0.0,
         zoneout: float | tuple[float, float] = 0.0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         check_name(backend)
@@ -87,6 +91,7 @@ class SequenceModule(RNNBase):
         self.recurrent_dropout = recurrent_dropout
         self.weight_dropout = weight_dropout
         self.zoneout = zoneout
+        self.recompute = recompute
         if learn_initial_state:
             like: Any = self.weight_hh_l0
             blocks = len(self._all_weights)
@@ -302,18 +307,23 @@ class SequenceModule(RNNBase):
             states = self._start(batch)
         options = None
         special = self.direction == "reverse" or self._is_regularised or self.zoneout != 0
+        special = special or self._recomputes or self._is_watched
         if asked is not None or rows is not None or special:
             options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
 
     def _options(self, asked: Options, input: Any, data: Tensor, rows: Tensor | None) -> Options:
         """What the op has to do beyond torch.nn, checked and time-major."""
-        options = asked._replace(reverse=self.direction == "reverse", rows=rows)
+        options = asked._replace(
+            reverse=self.direction == "reverse", rows=rows, recompute=self._recomputes
+        )
         if self._is_regularised:
             options = options._replace(
                 recurrent_dropout=self.recurrent_dropout, weight_dropout=self.weight_dropout
             )
         options = options._replace(zoneout=self._zoneout, training=self.training)
+        if self._is_watched:
+            options = options._replace(flow=self._flow.call(self, input))
         if options.return_cell_states and not self._has_cell_state:
             raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
         layout = "dense"
@@ -373,6 +383,15 @@ class SequenceModule(RNNBase):
         """Its probability for each state; empty where all are 0."""
         p = self.zoneout if isinstance(self.zoneout, tuple) else (self.zoneout, self.zoneout)
         return p[: self._cell.states] if any(p) else ()
+
+    @property
+    def _recomputes(self) -> bool:
+        """An RNN saves nothing but its states anyway."""
+        return self.recompute and self._cell.saved > 0 and torch.is_grad_enabled()
+
+    @property
+    def _is_watched(self) -> bool:
+        return self._flow is not None and torch.is_grad_enabled()
 
     @property
     def _has_cell_state(self) -> bool:

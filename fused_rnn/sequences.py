@@ -46,6 +46,8 @@ class Options(NamedTuple):
         weight_dropout: probability that an element of a recurrent weight is zeroed.
         zoneout: for each state the probability that a unit stays what it was. Empty: 0
         training: whether zoneout draws; without, each unit stays by its share.
+        recompute: keep for the backward the states at few steps only.
+        flow: what ``gradient_flow`` records of this call.
     """
 
     lengths: Tensor | None = None
@@ -61,6 +63,8 @@ class Options(NamedTuple):
     weight_dropout: float = 0.0
     zoneout: tuple[float, ...] = ()
     training: bool = False
+    recompute: bool = False
+    flow: Any = None
 
     def given(self) -> dict[str, Any]:
         """What differs from the defaults, by name."""
@@ -111,6 +115,8 @@ class Options(NamedTuple):
             "last_step": self.last_step_only,
             "reverse": self.reverse,
             "jagged": self.rows is not None,
+            "recompute": self.recompute,
+            "gradient_flow": self.flow is not None,
         }
         return tuple(name for name, wanted in asked.items() if wanted)
 
@@ -232,6 +238,15 @@ class Loop:
         """The caller's final states from the op's."""
         return final
 
+    def by_step(self, x: Tensor) -> Tensor:
+        """``[T,N]`` of what the op gave for each row of its input; 0 where there is none."""
+        rows = self.options.rows
+        if rows is None:
+            return x
+        live, found = rows >= 0, x.new_zeros(rows.shape)
+        found[live] = x[rows[live].long()]
+        return found
+
     def last(self, y: Tensor, final: Tensor, reverse: bool) -> Tensor:
         """The output of each sequence's last step, ``[N,*]``.
 
@@ -302,6 +317,9 @@ class Episodes(Loop):
 
     def output(self, y: Tensor) -> Tensor:
         return super().output(y.unflatten(0, (self.steps, self.batch)))
+
+    def by_step(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (self.steps, self.batch))
 
     def h_mask(self, width: int, dtype: torch.dtype) -> Tensor | None:
         """All episodes of a sequence have its mask."""

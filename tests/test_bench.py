@@ -50,13 +50,14 @@ def measured(path):
     ids=lambda w: w.name,
 )
 def test_every_provider_gives_rows_of_its_results(w, dtype):
-    names = ["fused_rnn", "fused_rnn:reference", "torch", "torch:packed", "loop"]
+    names = ["fused_rnn", "recompute", "fused_rnn:reference", "torch", "torch:packed", "loop"]
     harness = bench(*names)
     for kind in w.passes:
         found = {row.provider: row for row in harness.rows(Point(w, dtype, kind), 0.0, 1)}
         assert [*found] == names
         if w.mode == "step":
             assert "nothing to pack" in found.pop("torch:packed").status
+            assert "nothing to compute again" in found.pop("recompute").status
         assert {row.status for row in found.values()} == {"ok"}, found
         for name, row in found.items():
             assert row.p20_ms <= row.p50_ms <= row.p80_ms

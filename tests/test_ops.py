@@ -24,10 +24,12 @@ def projects(cell, P, shape, **_):
     return not P or (cell == "lstm" and shape[2] > P)
 
 
-EVERYTHING = 63
+# The last bit asks for dh_norm, which CUDA lacks.
+EVERYTHING = {"cpu": 127, "cuda": 63}
 
 
-def op_inputs_and_outputs(problem, wanted=EVERYTHING, device="cpu"):
+def op_inputs_and_outputs(problem, device="cpu"):
+    wanted = EVERYTHING[device]
     forward = there(problem.op_arguments(), device)
     h, c, h_n, _, saved = outputs = ops.layer(*forward)
     _, x, w_ih, _, w_hh, _, h0, c0, reverse, _, *options = forward
@@ -132,8 +134,10 @@ def test_backward_gives_what_is_wanted_and_nothing_else(case):
     problem = make_problem(**case)
     _, (backward, everything) = op_inputs_and_outputs(problem, device=device)
     states = (5, 6)
-    assert len(everything) == 8
-    for bit, place in enumerate(p for p in range(8) if p not in states):
+    assert len(everything) == 9
+    for bit, place in enumerate(p for p in range(9) if p not in states):
+        if not EVERYTHING[device] & 1 << bit:
+            continue
         backward[1] = 1 << bit
         alone = ops.layer_backward(*backward)
         for other, x in enumerate(alone):

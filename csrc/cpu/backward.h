@@ -156,6 +156,7 @@ class Backward {
     for (int64_t step = slots.first_step() + slots.steps() - 1; step >= slots.first_step();
          --step) {
       const int64_t end = share.place + find_live(share, step);
+      if (a.dh_norm) find_norms(share.place, end);
       if (projects()) unproject(share.place, end, step);
       int64_t j = share.place;
       // With zoneout row by row: compiled for two rows, its sums may be rounded otherwise.
@@ -172,6 +173,7 @@ class Backward {
       const int64_t n = share.row(i), slot = slots.at(step, n);
       if (slot < 0) {
         zero_row<T>(a.dx, at.index(n), a.I);
+        zero_row<A>(a.dh_norm, at.index(n), 1);
         continue;
       }
       const int64_t index = slots.index[slot];
@@ -193,6 +195,23 @@ class Backward {
     if (row.previous >= 0) return static_cast<const T*>(states) + row.previous * width;
     if (row.previous == kInitial && initial) return static_cast<const T*>(initial) + row.n * width;
     return zeros;
+  }
+
+  // Of dL/dh, before anything is done with it. Squares of what has nearly vanished are no floats.
+  void find_norms(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+      const A* const carried = dh0(live[j].n);
+      double sums[kWidth] = {};
+      for (int64_t unit = 0; unit < a.R; unit += kWidth) {
+        const int64_t n = a.R - unit;
+        A lanes[kWidth];
+        add(V::load(carried + unit, n), a.dh, live[j].index * a.R + unit, n).store(lanes);
+        for (int64_t i = 0; i < kWidth; ++i) sums[i] += double(lanes[i]) * double(lanes[i]);
+      }
+      double sum = 0;
+      for (const double part : sums) sum += part;
+      static_cast<A*>(a.dh_norm)[live[j].index] = A(__builtin_sqrt(sum));
+    }
   }
 
   // dL/dh of the projected state, then of the state before the projection.

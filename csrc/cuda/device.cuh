@@ -139,6 +139,8 @@ struct Ops {
     });
   }
   static void backward(Directions<BackwardArgs> directions, const Tensor& like) {
+    for (const BackwardArgs& args : directions)
+      STD_TORCH_CHECK(!args.dh_norm, "fused_rnn: the CUDA kernels lack dh_norm");
     Machine machine(like, directions[0].tf32);
     dispatch(directions[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
       run_backward<decltype(cell), decltype(scalar)>(directions, machine);

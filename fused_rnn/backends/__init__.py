@@ -53,7 +53,8 @@ class Problem(NamedTuple):
         transformed: forward-mode AD or a ``torch.func`` transform has to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep`` (the op's),
             ``keep_share`` (``keep`` as shares), ``cell_states`` (c over time), ``last_step``
-            (alone), ``reverse`` (as the only direction), ``jagged`` (input), ``layer_norm``.
+            (alone), ``reverse`` (as the only direction), ``jagged`` (input), ``layer_norm``,
+            ``recompute``, ``gradient_flow``.
         ordinal: which of the devices of that type.
     """
 

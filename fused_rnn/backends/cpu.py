@@ -54,6 +54,8 @@ def cannot_compute(problem: Problem) -> str | None:
         return "forward-mode AD and torch.func transforms have to see each operation"
     if "keep_share" in problem.options and problem.grad:
         return "zoneout has a backward in training only, where it draws a mask"
+    if {"layer_norm", "gradient_flow"} <= {*problem.options}:
+        return "its loops with layer norms lack the norms that gradient_flow records"
     return None
 
 

@@ -39,6 +39,8 @@ def supports(problem: Problem) -> str | None:
         return f"it runs on CUDA devices, and the input is on {problem.device}"
     if "layer_norm" in problem.options:
         return "it has no kernels for layer norms"
+    if "gradient_flow" in problem.options:
+        return "it lacks the norms that gradient_flow records"
     return cpu.cannot_compute(problem)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..cells import Cell, carry_dtype
 from ..norm_cells import Norm, NormCell
@@ -49,14 +50,23 @@ def layer(
     keep: Tensor | None = None,
     cells: bool = True,
     norm: Norm | None = None,
+    recompute: bool = False,
+    dh_norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """One layer in one direction over all steps; see ``docs/architecture.md`` for the arguments.
 
     ``x`` is the layer's input, or without ``w_ih`` its product ``gx``. ``cells`` changes nothing:
-    cell states are always kept. ``norm`` is for the cells that have one.
+    cell states are always kept. ``norm`` is for the cells that have one. With ``recompute`` the
+    layer's graph is made in its backward, which fills ``dh_norm``.
 
     The half types are computed in float32 and rounded once, in the visible output.
     """
+    if recompute and not _in_transform():
+        options: dict[str, Any] = {"control": control, "rows": rows, "w_hr": w_hr}
+        options |= {"h_mask": h_mask, "keep": keep}
+        options |= {"w_ih": w_ih, "b_ih": b_ih, "reverse": reverse, "dh_norm": dh_norm}
+        given = (cell, x, w_hh, b_hh, h0, c0)
+        return checkpoint(layer, *given, use_reentrant=False, **options)
     gx = x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
     steps, batch = (gx if rows is None else rows).shape[:2]
     carry = carry_dtype(gx.dtype)
@@ -95,6 +105,9 @@ def layer(
         elif keep is not None:
             shares = keep.split(widths, -1)
             stepped = tuple(map(torch.lerp, stepped, entering, shares))
+        if dh_norm is not None and stepped[0].requires_grad:
+            at = None if rows is None else rows[t]
+            stepped[0].register_hook(partial(_fill, dh_norm, t, at))
         if hold is None:
             states = stepped
             seen.append(states)
@@ -124,6 +137,21 @@ def norm_layer(
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """:func:`layer` for a cell with layer norms."""
     return layer(cell, gx, w_hh, None, h0, c0, norm=norm, **loop)
+
+
+def _fill(dh_norm: Tensor, t: int, rows: Tensor | None, dh: Tensor) -> None:
+    """Hook on a step's h. Squares of what has nearly vanished are no floats."""
+    norm = dh.detach().double().norm(dim=-1).to(dh_norm.dtype)
+    if rows is None:
+        dh_norm[t] = norm
+    else:
+        live = rows >= 0
+        dh_norm[rows[live].long()] = norm[live]
+
+
+def _in_transform() -> bool:
+    """Of ``torch.func``, none of which takes a checkpoint."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _read(x: Tensor, rows: Tensor) -> Tensor:

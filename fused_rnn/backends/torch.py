@@ -46,6 +46,7 @@ _LACKS = {
     "keep": "zoneout",
     "keep_share": "zoneout",
     "layer_norm": "layer norms",
+    "gradient_flow": "norms for gradient_flow",
 }
 
 

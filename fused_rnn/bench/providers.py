@@ -16,6 +16,7 @@ PEERS = {"torchrl": "torchrl.modules.tensordict_module.rnn"}
 """Modules of other packages whose classes take torch.nn's arguments and ``state_dict``."""
 KNOWN = (
     "fused_rnn[:backend[:algorithm]]",
+    "recompute",
     "torch",
     "torch:packed",
     "torch.compile",
@@ -52,6 +53,8 @@ class Provider:
         """Why ``w`` is not run, or None."""
         if self.packs and w.mode == "step":
             return "a single step has nothing to pack"
+        if "recompute" in self.options and w.mode == "step":
+            return "a single step has nothing to compute again"
         if self.compiles and w.T > MOST_COMPILED_STEPS:
             return f"compiling {w.T} steps takes too long; {MOST_COMPILED_STEPS} are the most"
         return None
@@ -93,6 +96,8 @@ def find(name: str) -> Provider:
     if base == "fused_rnn":
         check_name(backend or "auto")
         return Provider(name, fused_rnn, {"backend": backend or "auto"})
+    if name == "recompute":
+        return Provider(name, fused_rnn, {"recompute": True})
     if name in ("torch", "torch:packed"):
         return Provider(name, nn, packs=name != "torch")
     if name in ("loop", "torch.compile"):

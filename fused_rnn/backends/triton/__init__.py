@@ -70,6 +70,8 @@ def supports(problem: Problem) -> str | None:
         return "it lacks projections (proj_size)"
     if "layer_norm" in problem.options:
         return "it has no kernels for layer norms"
+    if "gradient_flow" in problem.options:
+        return "it lacks the norms that gradient_flow records"
     if problem.device == "cuda" and not problem.compiling and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(problem.ordinal)
         if capability < (8, 0):

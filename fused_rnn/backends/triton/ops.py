@@ -11,27 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import recompute
 from ...cells import CELLS, Cell, carry_dtype
-from ...native import FAKES
+from ...native import FAKES, SCHEMAS
 from .tuning import ALGORITHMS, RECOMPUTE
 
 NAME = "fused_rnn_triton"
-SCHEMAS = {
-    "layer": "(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, "
-    "Tensor? h0, Tensor? c0, bool reverse, bool save, Tensor? control, Tensor? rows, "
-    "Tensor? w_hr, Tensor? h_mask, Tensor? keep, int algorithm, bool tf32) "
-    "-> (Tensor h, Tensor c, Tensor h_n, Tensor c_n, Tensor saved)",
-    "layer_backward": "(int cell, int wanted, Tensor? dh, Tensor? dc, Tensor? dh_n, Tensor? dc_n, "
-    "Tensor h, Tensor c, Tensor saved, Tensor x, Tensor? w_ih, Tensor w_hh, Tensor? h0, "
-    "Tensor? c0, bool reverse, Tensor? control, Tensor? rows, Tensor? w_hr, Tensor? h_mask, "
-    "Tensor? keep, int algorithm, bool tf32) -> (Tensor dx, Tensor dw_ih, Tensor db_ih, "
-    "Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0, Tensor dw_hr)",
-    "step": "(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
-    "-> (Tensor h1, Tensor c1, Tensor saved)",
-    "step_backward": "(int cell, Tensor? dh1, Tensor? dc1, Tensor h1, Tensor c1, Tensor saved, "
-    "Tensor h, Tensor? c) -> (Tensor dgx, Tensor dgh, Tensor dh, Tensor dc)",
-}
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BY_ID = {cell.id: cell for cell in CELLS.values()}
 
@@ -203,6 +188,8 @@ def layer_backward(
 ):  # fmt: skip
     options = (control, rows, w_hr, h_mask, keep, algorithm, tf32)
     p = Layer(cell, x, w_ih, w_hh, reverse, *options)
+    if wanted & 64:
+        raise RuntimeError("fused_rnn: the Triton backend lacks dh_norm")
     get, has_c, states = p.operands.get, p.cell.states == 2, (p.N, p.H)
     shown, carry = p.rows_of(p.H), carry_dtype(x.dtype)
     if is_share(keep):
@@ -238,7 +225,7 @@ def layer_backward(
         x.new_empty((0,)) if g is None or not wanted & bit else g
         for g, bit in zip(found, (1, 2, 4, 8, 16), strict=True)
     )
-    return (*given, dh0, dc0, x.new_empty((0,)))
+    return (*given, dh0, dc0, x.new_empty((0,)), x.new_empty((0,), dtype=carry))
 
 
 def step(cell, gx, gh, h, c, save):
@@ -295,6 +282,6 @@ def _define() -> torch.library.Library:
     return library
 
 
-_library = _define()
+_libraries = _define(), recompute.define(NAME)
 # What has them as attributes.
 library = getattr(torch.ops, NAME)
