@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import gc
 import os
 import shutil
 import sys
@@ -180,20 +181,7 @@ class Result(NamedTuple):
     unseen: float  # the same of text that was not trained on
 
 
-def main(argv: Sequence[str] | None = None) -> Result:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=32, help="of all processes together")
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="under torchrun")
-    parser.add_argument("--folder", type=Path, default=Path("checkpoints"))
-    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--torch", action="store_true", help="use torch.nn.LSTM")
-    args = parser.parse_args(argv)
-
-    group = Group.join()
+def train(args: argparse.Namespace, group: Group) -> Result:
     say: Callable[..., None] = print if group.rank == 0 else lambda *_: None
     if args.batch % group.size:
         sys.exit(f"char_lm.py: --batch {args.batch} must divide among {group.size} processes")
@@ -227,6 +215,26 @@ def main(argv: Sequence[str] | None = None) -> Result:
         result = Result(resumed, run.losses, group.mean(loss))
     say(f"unseen text  loss {result.unseen:.6f}")
     checkpoints.close()
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=32, help="of all processes together")
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--parallel", choices=["ddp", "fsdp"], default="ddp", help="under torchrun")
+    parser.add_argument("--folder", type=Path, default=Path("checkpoints"))
+    parser.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--torch", action="store_true", help="use torch.nn.LSTM")
+    args = parser.parse_args(argv)
+
+    group = Group.join()
+    result = train(args, group)
+    # DDP's last reference has to be gone by now: ended after its group, it may wait for ever.
+    gc.collect()
     distributed.destroy_process_group()
     return result
 
