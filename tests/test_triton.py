@@ -118,7 +118,7 @@ def test_gates_made_again(case, on):
     dtype=DTYPES,
     shape=((4, 3, 25), (2, 2, 70)),
     control=(False, True),
-    algorithm=("resident", "tiled"),
+    algorithm=("auto", "tiled"),
 )
 def test_a_share_of_each_state_stays(case, on):
     case = dict(case)
