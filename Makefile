@@ -46,7 +46,7 @@ gpu-check:  ## on a machine with a GPU: build, test, sanitize, micro, bench (PIE
 dist: .venv/installed  ## the sdist and this Python's wheel, in dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation --outdir dist
-	$(BIN)/python tests/dist.py
+	$(BIN)/python tests/fresh_install.py
 
 docs: build  ## the documents as a site in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -8,12 +8,12 @@ import sys
 import tarfile
 from pathlib import Path
 
+import fresh_install
 import numerics
 import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
-import dist
 from fused_rnn import native
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -286,4 +286,4 @@ def test_an_sdist_has_every_source(tmp_path):
 @pytest.mark.skipif(not numerics.FULL, reason="compiles everything anew: --full, or `make dist`")
 @pytest.mark.parametrize("kind", ["sdist", "wheel"])
 def test_a_distribution_installs_into_a_fresh_environment_and_runs(kind, tmp_path):
-    dist.attempt(distribution(kind, tmp_path), tmp_path / "environment")
+    fresh_install.attempt(distribution(kind, tmp_path), tmp_path / "environment")
