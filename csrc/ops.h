@@ -17,14 +17,21 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// `like` is of the io dtype, and where the call runs: what needs workspace allocates it there.
+// `like` is of the io dtype, and where the call runs: what needs workspace allocates it there. A
+// layer runs for so many models of the same sizes.
 struct Device {
-  void (*forward)(const ForwardArgs&, const Tensor& like);
-  void (*backward)(const BackwardArgs&, const Tensor& like);
+  void (*forward)(const ForwardArgs* models, int64_t count, const Tensor& like);
+  void (*backward)(const BackwardArgs* models, int64_t count, const Tensor& like);
   void (*step)(const StepArgs&, const Tensor& like);
   void (*step_backward)(const StepArgs&, const Tensor& like);
   int64_t algorithms;  // how many there are to choose among by number, from 1 on
 };
+
+// For a device that runs one model after the other.
+template <class Args, void (*kRun)(const Args&, const Tensor&)>
+void in_turn(const Args* models, int64_t count, const Tensor& like) {
+  for (int64_t model = 0; model < count; ++model) kRun(models[model], like);
+}
 
 // What `make` allocates; where that fails, a sentence with words() that autograd.py knows.
 template <class Make, class Words>

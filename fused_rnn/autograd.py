@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,11 +10,9 @@ from torch import Tensor
 
 from .backends import cudnn, reference
 from .cells import Cell
+from .vmap import GRADS, INPUTS, KEPT, MASKS, vmapped
 
 ops = torch.ops.fused_rnn
-
-# What acts inside the loop beside the weights, in the order in which a layer's Function takes it.
-_MASKS = ("control", "rows", "h_mask", "keep")
 
 
 def _call(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -44,24 +43,28 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh, dc, dh_n, dc_n, _):
-        masks, inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:-3], ctx.saved_tensors[-3:]
-        grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[7:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            loop = {"reverse": ctx.reverse, **dict(zip(_MASKS, masks, strict=True))}
-            found = _differentiable_backward(ctx.cell, inputs, grads, needs, loop)
-        else:
-            found = _backward(ctx.cell, inputs, grads, kept, needs, ctx.reverse, masks, ctx.how)
+        needs = ctx.needs_input_grad[7:]
+        # The op's gradients stand in the order of the inputs; its bits leave out the states'.
+        wanted = sum(bit for bit, need in zip(_BITS, needs, strict=True) if need)
+        saved, grads = ctx.saved_tensors, (dh, dc, dh_n, dc_n)
+        found = [*_run_backward(ctx.cell, ctx.reverse, ctx.how, wanted, *grads, *saved)]
+        for place in (5, 6):
+            if needs[place]:
+                found[place] = found[place].to(saved[len(MASKS) + place].dtype)
+        found = [dx if need else None for dx, need in zip(found, needs, strict=True)]
         return None, None, None, None, None, None, None, *found
+
+
+_BITS = (1, 2, 4, 8, 16, 0, 0, 32)
+_OF_WEIGHTS = 2 | 4 | 8 | 16 | 32
 
 
 class _LayerInTransform(_Layer):
     """The form that ``torch.func`` asks for; its ``apply`` takes 200 us to bind the arguments."""
 
     @staticmethod
-    def forward(cell: Cell, reverse: bool, how, control, rows, h_mask, keep, *inputs):
-        options = (control, rows, inputs[-1], h_mask, keep)
-        library, *how = how
-        return _call(library.layer, cell.id, *inputs[:-1], reverse, True, *options, *how)
+    def forward(cell: Cell, reverse: bool, how, *tensors):
+        return _forward(cell, reverse, how, True, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -71,35 +74,55 @@ class _LayerInTransform(_Layer):
         ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c, c_n)))
         ctx.save_for_backward(*tensors, h, c, saved)
 
-
-def _backward(cell: Cell, inputs, grads, kept, needs, reverse, masks, how):
-    x, w_ih, _, w_hh, _, h0, c0, w_hr = inputs
-    # The op's gradients stand in the order of the inputs; its bits leave out the states'.
-    bits = (1, 2, 4, 8, 16, 0, 0, 32)
-    wanted = sum(bit for bit, need in zip(bits, needs, strict=True) if need)
-    control, rows, h_mask, keep = masks
-    options = (reverse, control, rows, w_hr, h_mask, keep)
-    inputs = (x, w_ih, w_hh, h0, c0)
-    library, *how = how
-    arguments = (cell.id, wanted, *grads, *kept, *inputs, *options, *how)
-    found = list(_call(library.layer_backward, *arguments))
-    if needs[5]:
-        found[5] = found[5].to(h0.dtype)
-    if needs[6]:
-        found[6] = found[6].to(c0.dtype)
-    return tuple(dx if need else None for dx, need in zip(found, needs, strict=True))
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, cell: Cell, reverse: bool, how, *tensors):
+        call = partial(_run, cell, reverse, how)
+        return vmapped(call, info.batch_size, MASKS + INPUTS, tensors, in_dims[3:])
 
 
-def _differentiable_backward(cell: Cell, inputs, grads, needs, loop):
-    """The same gradients as a graph, for a second derivative: from the reference's own graph.
+class _LayerBackward(torch.autograd.Function):
+    """The gradients of a layer. Their own are those of the reference's graph."""
 
-    Differentiated are aliases of the inputs, so that an input computed from another one does not
-    count twice.
-    """
-    aliases: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
-    x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = aliases
-    outputs = reference.layer(cell, x, w_hh, b_hh, h0, c0, w_ih=w_ih, b_ih=b_ih, w_hr=w_hr, **loop)
-    return _gradients(outputs, grads, aliases, needs)
+    @staticmethod
+    def forward(ctx: Any, *inputs):
+        outputs = _LayerBackwardInTransform.forward(*inputs)
+        _LayerBackwardInTransform.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *ddx):
+        masks = dict(zip(MASKS, ctx.saved_tensors[4:8], strict=True))
+        given = (*ctx.saved_tensors[:4], *ctx.saved_tensors[8:])
+        needs = (*ctx.needs_input_grad[4:8], *ctx.needs_input_grad[12:20])
+        wanted = [y is not None for y in ddx]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            grads, inputs = _split(map(_alias, given))
+            outputs = _reference(ctx.cell, ctx.reverse, masks, inputs)
+            first = _gradients(outputs, grads, inputs, wanted)
+            second = _gradients(first, ddx, (*grads, *inputs), needs, create_graph=create_graph)
+        grads, inputs = _split(second)
+        return None, None, None, None, *grads, None, None, None, None, *inputs, None, None, None
+
+
+class _LayerBackwardInTransform(_LayerBackward):
+    """As :class:`_LayerInTransform`."""
+
+    @staticmethod
+    def forward(cell: Cell, reverse: bool, how, wanted: int, *tensors):
+        return _backward(cell, reverse, how, wanted, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.cell, ctx.reverse, _, _, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[:-3])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, cell: Cell, reverse: bool, how, wanted: int, *tensors):
+        call = partial(_run_backward, cell, reverse, how, wanted)
+        names, apart = GRADS + MASKS + INPUTS + KEPT, bool(wanted & _OF_WEIGHTS)
+        return vmapped(call, info.batch_size, names, tensors, in_dims[4:], apart=apart)
 
 
 class _Step(torch.autograd.Function):
@@ -140,6 +163,70 @@ class _StepInTransform(_Step):
         ctx.save_for_backward(*tensors, h1, c1, saved)
 
 
+def _forward(
+    cell, reverse, how, save,
+    control, rows, h_mask, keep, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr,
+):  # fmt: skip
+    library, _, *how = how
+    inputs, options = (x, w_ih, b_ih, w_hh, b_hh, h0, c0), (control, rows, w_hr, h_mask, keep)
+    return _call(library.layer, cell.id, *inputs, reverse, save, *options, *how)
+
+
+def _backward(
+    cell, reverse, how, wanted, dh, dc, dh_n, dc_n,
+    control, rows, h_mask, keep, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr, h, c, saved,
+):  # fmt: skip
+    library, _, *how = how
+    given = (dh, dc, dh_n, dc_n, h, c, saved, x, w_ih, w_hh, h0, c0)
+    options = (control, rows, w_hr, h_mask, keep)
+    return _call(library.layer_backward, cell.id, wanted, *given, reverse, *options, *how)
+
+
+def _run(cell: Cell, reverse: bool, how, *tensors):
+    """The op, in the form that whoever differentiates or transforms it asks for."""
+    if _in_transform():
+        return _LayerInTransform.apply(cell, reverse, how, *tensors)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Layer.apply(cell, reverse, how, *tensors)
+    return _forward(cell, reverse, how, how[1], *tensors)
+
+
+def _run_backward(cell: Cell, reverse: bool, how, wanted: int, *tensors):
+    if _in_transform():
+        return _LayerBackwardInTransform.apply(cell, reverse, how, wanted, *tensors)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _LayerBackward.apply(cell, reverse, how, wanted, *tensors)
+    return _backward(cell, reverse, how, wanted, *tensors)
+
+
+def _reference(cell: Cell, reverse: bool, masks: dict[str, Any], inputs):
+    """The reference's graph of the op, where there are models one for each."""
+    x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = inputs
+    if w_hh.dim() == 2:
+        loop = {"w_ih": w_ih, "b_ih": b_ih, "w_hr": w_hr, "reverse": reverse, **masks}
+        return reference.layer(cell, x, w_hh, b_hh, h0, c0, **loop)
+
+    def each(y):
+        return (None,) * w_hh.size(0) if y is None else y.unbind()
+
+    models = zip(*map(each, (*masks.values(), *inputs)), strict=True)
+    n = len(MASKS)
+    found = [_reference(cell, reverse, dict(zip(MASKS, m[:n], strict=True)), m[n:]) for m in models]
+    return [None if y[0] is None else torch.stack(y) for y in zip(*found, strict=True)]
+
+
+def _alias(x):
+    """``x`` as a tensor of its own, so that one computed from another one does not count twice."""
+    if x is None or x.requires_grad:
+        return x if x is None else x.view_as(x)
+    return x.detach().requires_grad_()
+
+
+def _split(tensors):
+    tensors = tuple(tensors)
+    return tensors[: len(GRADS)], tensors[len(GRADS) :]
+
+
 def _in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -150,13 +237,16 @@ def _differentiable_step_backward(cell: Cell, inputs, grads, needs):
     return _gradients(cell.step(gx, gh, (h, c)[: cell.states]), grads, aliases, needs)
 
 
-def _gradients(outputs, grads, inputs, needs) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of ``outputs`` at the inputs that need one."""
+def _gradients(outputs, grads, inputs, needs, *, create_graph=True) -> tuple[Tensor | None, ...]:
+    """Gradients of ``outputs`` at the inputs that need one, differentiable where asked."""
     pairs = zip(outputs, grads, strict=False)
     used = [(y, dy) for y, dy in pairs if y is not None and dy is not None]
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    if not used or not wanted:
+        return (None,) * len(needs)
     ys, dys = [y for y, _ in used], [dy for _, dy in used]
-    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    options = {"create_graph": create_graph, "allow_unused": True}
+    found = iter(torch.autograd.grad(ys, wanted, dys, **options))
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -215,16 +305,8 @@ def layer(
         ``h, c, h_n, c_n``. ``c`` is ``None`` for cells without one, and where no gradient is
         needed, since nothing then keeps the cell states, unless ``cells`` asks for them.
     """
-    tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
-    library, how = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        function = _LayerInTransform if _in_transform() else _Layer
-        masks = (control, rows, h_mask, keep)
-        h, c, h_n, c_n, _ = function.apply(cell, reverse, (library, *how), *masks, *tensors)
-    else:
-        options = (control, rows, w_hr, h_mask, keep)
-        h, c, h_n, c_n, _ = _call(
-            library.layer, cell.id, *tensors[:-1], reverse, cells, *options, *how
-        )
+    how = (library or ops, cells, algorithm, x.is_cuda and cudnn.allows_tf32())
+    masks, inputs = (control, rows, h_mask, keep), (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
+    h, c, h_n, c_n, _ = _run(cell, reverse, how, *masks, *inputs)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

@@ -355,6 +355,7 @@ def describe(
         (steps, batch), packed = input.shape[:2], False
     w = weights[0]
     directions = 2 if bidirectional else 1
+    transformed, vmapped = transforms()
     return Problem(
         cell=cell.name,
         dtype=autocast_dtype(input) or input.dtype,
@@ -370,7 +371,8 @@ def describe(
         and (any(map(needs_grad, weights)) or needs_grad((input, *(states or ())))),
         packed=packed,
         compiling=torch.compiler.is_compiling(),
-        transformed=is_transformed(),
+        transformed=transformed,
+        vmapped=vmapped,
         options=() if options is None else options.asked,
         ordinal=input.device.index or 0,
     )
@@ -378,6 +380,7 @@ def describe(
 
 def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) -> Problem:
     """What :func:`step` asks of a backend: a problem of no steps."""
+    transformed, vmapped = transforms()
     return Problem(
         cell=cell.name,
         dtype=autocast_dtype(input) or input.dtype,
@@ -392,23 +395,25 @@ def describe_step(cell: Cell, input: Tensor, states: States | None, w: Weights) 
         grad=needs_grad((input, *(states or ()), *w)),
         packed=False,
         compiling=torch.compiler.is_compiling(),
-        transformed=is_transformed(),
+        transformed=transformed,
+        vmapped=vmapped,
         ordinal=input.device.index or 0,
     )
 
 
-def is_transformed() -> bool:
-    """Whether forward-mode AD or a ``torch.func`` transform has to see each operation.
+def transforms() -> tuple[bool, bool]:
+    """What is done with each operation: whether it has to be seen by forward-mode AD or by nested
+    transforms of ``torch.func``, and whether ``vmap`` runs it for many at once.
 
     One level of ``torch.func.grad`` is an ordinary backward.
     """
     if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    stack = torch._C._functorch.get_interpreter_stack()
-    plain = torch._C._functorch.TransformType.Grad
-    return stack is not None and not (len(stack) == 1 and stack[0].key() == plain)
+        return False, False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    kinds, kind = [interpreter.key() for interpreter in stack], torch._C._functorch.TransformType
+    vmapped, grads = kinds.count(kind.Vmap), kinds.count(kind.Grad)
+    seen = forward_ad._current_level >= 0 or grads > 1 or vmapped + grads < len(kinds)
+    return seen, vmapped > 0
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:

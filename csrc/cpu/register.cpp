@@ -63,12 +63,16 @@ void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* con
   });
 }
 
-Schedule schedule_of(const Layer& layer) {
-  const double flops = 2.0 * double(layer.T) * double(layer.N) * double(layer.R) * double(layer.H) *
-                       double(kCellShapes[layer.cell].gates);
+// As many threads as the call is worth.
+int64_t workers_for(const Layer& layer, int64_t models) {
+  const double flops = 2.0 * double(models) * double(layer.T) * double(layer.N) * double(layer.R) *
+                       double(layer.H) * double(kCellShapes[layer.cell].gates);
   const double useful = 1 + flops / kFlopsPerThread;
-  int64_t workers = torch::stable::get_num_threads();
-  if (double(workers) > useful) workers = int64_t(useful);
+  const int64_t threads = torch::stable::get_num_threads();
+  return double(threads) > useful ? int64_t(useful) : threads;
+}
+
+Schedule schedule_of(const Layer& layer, int64_t workers) {
   const int64_t sum_steps = kSumRows > layer.N ? kSumRows / layer.N : 1;
   int64_t steps = sum_steps * (workers == 1 ? kSumsAlone : kSumsTogether * workers);
   if (steps > layer.T) steps = layer.T;
@@ -87,18 +91,32 @@ struct Memory {
   Memory& operator=(const Memory&) = delete;
 };
 
+// Where there are models for all threads, each runs on one of them.
 template <class Args>
-void run(const Loop<Args>& loop, const Args& args) {
-  const Schedule schedule = schedule_of(args);
-  const Memory memory(loop.bytes(args, schedule));
-  loop.run(args, schedule, memory.data);
+void run(const Loop<Args>& loop, const Args* models, int64_t count) {
+  const int64_t threads = workers_for(models[0], count);
+  const bool apart = count > 1 && count >= threads;
+  const Schedule schedule = schedule_of(models[0], apart ? 1 : workers_for(models[0], 1));
+  const size_t bytes = (loop.bytes(models[0], schedule) + 63) / 64 * 64;
+  const int64_t shares = apart ? threads : 1;
+  const Memory memory(bytes * size_t(shares));
+  const auto share = [&](int64_t k) {
+    for (int64_t model = k * count / shares; model < (k + 1) * count / shares; ++model)
+      loop.run(models[model], schedule, memory.data + bytes * size_t(k));
+  };
+  using Share = decltype(share);
+  if (apart)
+    parallel(
+        shares, [](const void* run, int64_t k) { (*static_cast<const Share*>(run))(k); }, &share);
+  else
+    share(0);
 }
 
-void forward(const ForwardArgs& args, const Tensor& like) {
-  run(best_kernels(scalar_of(like.scalar_type())).forward[args.cell], args);
+void forward(const ForwardArgs* models, int64_t count, const Tensor& like) {
+  run(best_kernels(scalar_of(like.scalar_type())).forward[models[0].cell], models, count);
 }
-void backward(const BackwardArgs& args, const Tensor& like) {
-  run(best_kernels(scalar_of(like.scalar_type())).backward[args.cell], args);
+void backward(const BackwardArgs* models, int64_t count, const Tensor& like) {
+  run(best_kernels(scalar_of(like.scalar_type())).backward[models[0].cell], models, count);
 }
 
 void run_rows(StepFunction step, const StepArgs& args) {

@@ -41,7 +41,9 @@ def cannot_compute(problem: Problem) -> str | None:
     if problem.dtype not in _DTYPES:
         return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
     if problem.transformed:
-        return "forward-mode AD and torch.func transforms have to see each operation"
+        return "forward-mode AD and nested torch.func transforms have to see each operation"
+    if problem.vmapped and problem.T == 0:
+        return "torch.func.vmap has no rule for a single step of it"
     return None
 
 
