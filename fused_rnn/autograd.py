@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .backends import cudnn, reference
 from .cells import Cell
-from .vmap import GRADS, INPUTS, KEPT, MASKS, vmapped
+from .vmap import GRADS, INPUTS, KEPT, MASKS, innermost, lowered, vmapped
 
 ops = torch.ops.fused_rnn
 
@@ -56,7 +56,13 @@ class _Layer(torch.autograd.Function):
 
 
 _BITS = (1, 2, 4, 8, 16, 0, 0, 32)
-_OF_WEIGHTS = 2 | 4 | 8 | 16 | 32
+_OF_BACKWARD = GRADS + MASKS + INPUTS + KEPT
+
+
+def _differs(wanted: int) -> bool:
+    """Whether there are gradients of weights among the wanted: each member of a vmap has its own,
+    whether it shares the weights or not."""
+    return bool(wanted & (2 | 4 | 8 | 16 | 32))
 
 
 class _LayerInTransform(_Layer):
@@ -121,8 +127,8 @@ class _LayerBackwardInTransform(_LayerBackward):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, cell: Cell, reverse: bool, how, wanted: int, *tensors):
         call = partial(_run_backward, cell, reverse, how, wanted)
-        names, apart = GRADS + MASKS + INPUTS + KEPT, bool(wanted & _OF_WEIGHTS)
-        return vmapped(call, info.batch_size, names, tensors, in_dims[4:], apart=apart)
+        apart = _differs(wanted)
+        return vmapped(call, info.batch_size, _OF_BACKWARD, tensors, in_dims[4:], apart=apart)
 
 
 class _Step(torch.autograd.Function):
@@ -185,6 +191,8 @@ def _backward(
 def _run(cell: Cell, reverse: bool, how, *tensors):
     """The op, in the form that whoever differentiates or transforms it asks for."""
     if _in_transform():
+        if innermost():
+            return lowered(partial(_run, cell, reverse, how), MASKS + INPUTS, tensors)
         return _LayerInTransform.apply(cell, reverse, how, *tensors)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _Layer.apply(cell, reverse, how, *tensors)
@@ -193,6 +201,9 @@ def _run(cell: Cell, reverse: bool, how, *tensors):
 
 def _run_backward(cell: Cell, reverse: bool, how, wanted: int, *tensors):
     if _in_transform():
+        if innermost():
+            call, apart = partial(_run_backward, cell, reverse, how, wanted), _differs(wanted)
+            return lowered(call, _OF_BACKWARD, tensors, apart=apart)
         return _LayerBackwardInTransform.apply(cell, reverse, how, wanted, *tensors)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _LayerBackward.apply(cell, reverse, how, wanted, *tensors)

@@ -8,9 +8,12 @@ models, first in every operand: :func:`torch.func.stack_module_state` gives weig
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 # The tensors of the op and of its backward, in the order in which the Functions take them.
 MASKS = ("control", "rows", "h_mask", "keep")
@@ -52,6 +55,34 @@ def vmapped(
     if apart or any(at.get(name) is not None for name in _WEIGHTS):
         return _side_by_side(call, size, first)
     return _as_rows(call, size, {k: given[k] if k in _WEIGHTS else x for k, x in first.items()})
+
+
+def innermost() -> bool:
+    """Whether the innermost transform is a vmap."""
+    top = _functorch.peek_interpreter_stack()
+    return top is not None and top.key() == _functorch.TransformType.Vmap
+
+
+def lowered(
+    call: Call, names: Sequence[str], tensors: Tensors, *, apart: bool = False
+) -> Sequence[Tensor]:
+    """:func:`vmapped` for tensors that the innermost transform, a vmap, has wrapped.
+
+    It is what ``apply`` of a Function that has the rule does, less the greater part of its time.
+    """
+    interpreter: Any = retrieve_current_functorch_interpreter()
+    level = interpreter.level()
+    pairs = [(x, None) if x is None else _functorch._unwrap_batched(x, level) for x in tensors]
+    unwrapped, dims = zip(*pairs, strict=True)
+    with interpreter.lower():
+        if not any(dim is not None for dim in dims):
+            return call(*unwrapped)
+        size = interpreter.batch_size()
+        found, places = vmapped(call, size, names, unwrapped, dims, apart=apart)
+    return [
+        y if at is None else _functorch._add_batch_dim(y, at, level)
+        for y, at in zip(found, places, strict=True)
+    ]
 
 
 def _is_empty(x: Tensor) -> bool:
