@@ -21,7 +21,7 @@ class How(NamedTuple):
 
     Args:
         library: has the ops as attributes.
-        again: they are those of ``recompute.py``.
+        again: those of ``recompute.py`` run over them.
         cells: keep the cell states also where nothing else needs them.
         last: the op's last arguments.
         dh_norm: what the backward fills with the norm of dL/dh of each step, or None.
@@ -32,6 +32,10 @@ class How(NamedTuple):
     cells: bool
     last: tuple[int, bool]
     dh_norm: Tensor | None = None
+
+    @property
+    def ops(self) -> Any:
+        return recomputing(self.library) if self.again else self.library
 
 
 def _call(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -75,7 +79,8 @@ class _Layer(torch.autograd.Function):
 
 
 _BITS = (1, 2, 4, 8, 16, 0, 0, 32)
-_OF_BACKWARD = GRADS + MASKS + INPUTS + KEPT
+_GIVEN = GRADS + MASKS + INPUTS
+_OF_BACKWARD = _GIVEN + KEPT
 
 
 def _differs(wanted: int) -> bool:
@@ -142,7 +147,7 @@ class _LayerBackwardInTransform(_LayerBackward):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.cell, ctx.reverse, _, _, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[: len(GRADS + MASKS + INPUTS)])
+        ctx.save_for_backward(*tensors[: len(_GIVEN)])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, cell: Cell, reverse: bool, how, wanted: int, *tensors):
@@ -199,7 +204,7 @@ def _forward(
     control, rows, h_mask, keep, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr,
 ):  # fmt: skip
     inputs, options = (x, w_ih, b_ih, w_hh, b_hh, h0, c0), (control, rows, w_hr, h_mask, keep)
-    return _call(how.library.layer, cell.id, *inputs, reverse, save, *options, *how.last)
+    return _call(how.ops.layer, cell.id, *inputs, reverse, save, *options, *how.last)
 
 
 def _backward(
@@ -213,7 +218,7 @@ def _backward(
     given, options = (dh, dc, dh_n, dc_n, *kept), (control, rows, w_hr, h_mask, keep)
     inputs = (x, w_ih, w_hh, h0, c0)
     arguments = (cell.id, wanted, *given, *inputs, reverse, *options, *how.last)
-    *found, dh_norm = _call(how.library.layer_backward, *arguments)
+    *found, dh_norm = _call(how.ops.layer_backward, *arguments)
     if how.dh_norm is not None:
         how.dh_norm.copy_(dh_norm)
     return tuple(found)
@@ -232,6 +237,10 @@ def _run(cell: Cell, reverse: bool, how, *tensors):
 
 def _run_backward(cell: Cell, reverse: bool, how, wanted: int, *tensors):
     if in_transform():
+        if how.again:  # no rule tells a transform of parts: all steps are computed again at once
+            how, tensors = how._replace(again=False, cells=True), tensors[: len(_GIVEN)]
+            h, c, _, _, saved = _run(cell, reverse, how, *tensors[len(GRADS) :])
+            tensors += h, c, saved
         if innermost():
             call, apart = partial(_run_backward, cell, reverse, how, wanted), _differs(wanted)
             return lowered(call, _OF_BACKWARD, tensors, apart=apart)
@@ -352,8 +361,7 @@ def layer(
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
     library, last = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    again = recompute and grad
-    how = How(recomputing(library) if again else library, again, cells, last, dh_norm)
+    how = How(library, recompute and grad, cells, last, dh_norm)
     h, c, h_n, c_n, _ = _run(cell, reverse, how, control, rows, h_mask, keep, *tensors)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

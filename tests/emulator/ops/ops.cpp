@@ -160,7 +160,9 @@ void borrow(EmulatedMachine& machine, Layer& a, Bytes bytes) {
   machine.borrow("control", a.control, a.T * a.N);
   machine.borrow("rows", a.rows, a.T * a.N * 4);
   machine.borrow("h_mask", a.h_mask, a.N * a.R * bytes.io);
-  machine.borrow("keep", a.keep, a.T * a.N * (a.R + (kCellShapes[a.cell].states - 1) * a.H));
+  const int64_t states = a.R + (kCellShapes[a.cell].states - 1) * a.H;
+  machine.borrow("keep", a.keep, a.T * a.N * states);
+  machine.borrow("keep_share", a.keep_share, states * bytes.carry);
 }
 
 void borrow(EmulatedMachine& machine, ForwardArgs& a, Bytes bytes) {
