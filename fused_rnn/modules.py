@@ -47,9 +47,9 @@ class RNN(SequenceModule):
             times what it would become (Krueger et al. 2017). Default: 0
         recompute: for less memory in training, keep the states at up to 15 steps only, and compute
             what lies between them again in the backward, a part at a time, the input's product
-            included. Results are those of ``False``, bit for bit; so are gradients, but that those
-            of weights are summed in another order. A second derivative keeps all. Default:
-            ``False``
+            included. On a CPU results are those of ``False``, bit for bit; so are gradients, but
+            that those of weights are summed in another order. An RNN keeps only states anyway; a
+            second derivative keeps all. Default: ``False``
 
     Inputs: input, h_0
         - **input** ``[T,N,I]``, ``[T,I]``, a ``PackedSequence``, or ``[N,j,I]`` of jagged layout

@@ -1,6 +1,7 @@
 """The Triton backend: in Triton's interpreter, and where there is a GPU, on that."""
 
 import importlib.util
+from functools import partial
 
 import numerics
 import pytest
@@ -9,7 +10,7 @@ from interpreter import Interpreter
 from layers import CLEAR, CUT, HOLD, check, make_problem, oracle_layer, run
 from numerics import HALF, cases, grid
 
-from fused_rnn import autograd
+from fused_rnn import autograd, native, recompute
 from fused_rnn.backends import reference, triton
 from fused_rnn.backends.triton import ops, tuning
 from fused_rnn.cells import CELLS
@@ -118,11 +119,23 @@ def test_gates_made_again(case, on):
     dtype=DTYPES,
     shape=((4, 3, 25), (2, 2, 70)),
     control=(False, True),
-    algorithm=("resident", "tiled"),
+    algorithm=("auto", "tiled"),
 )
 def test_a_share_of_each_state_stays(case, on):
     case = dict(case)
     on(check_case, case.pop("algorithm"), case | {"share": True})
+
+
+def check_few_states(device, case):
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recompute, "ROWS", 1)
+        layer = partial(layer_on(device), recompute=True, cells=True)
+        check(layer, make_problem(shape=(6, 2, 9), product=True, **case))
+
+
+@grid(cell=("lstm", "gru"), dtype=DTYPES, rows=ROWS)
+def test_few_states_are_kept(cell, dtype, rows, on):
+    on(check_few_states, {"cell": cell, "dtype": dtype, "rows": rows})
 
 
 def check_bits(device, algorithm, cell, dtype):
@@ -406,7 +419,7 @@ def test_opcheck(cell, algorithm, on):
 
 
 @numerics.needs_native
-@pytest.mark.parametrize("name", ops.SCHEMAS)
+@pytest.mark.parametrize("name", native.SCHEMAS)
 def test_schemas_are_the_native_ones(name):
     native, ours = (
         str(getattr(library, name).default._schema).partition("(")[2]

@@ -74,9 +74,14 @@ struct GridBlock {
   // Asked for where they are needed: registers hold weights.
   FUSED_RNN_DEVICE int group() const { return block_index().x / team.cut.team; }
   FUSED_RNN_DEVICE int direction() const { return group() % team.directions; }
-  // Of the group's tiles: the first one, and how far it is to the next.
-  FUSED_RNN_DEVICE int first_tile() const { return group() / team.directions; }
-  FUSED_RNN_DEVICE int next_tile() const { return team.cut.groups / team.directions; }
+  // run() for each of the group's tiles.
+  template <class Run>
+  FUSED_RNN_DEVICE void each_tile(Run run) {
+    const int first = group() / team.directions;
+    for (row = int64_t(first) * kColumns; row < team.N;
+         row += int64_t(team.cut.groups / team.directions) * kColumns)
+      run();
+  }
   FUSED_RNN_DEVICE int lines() const { return team.cut.team / team.cut.line; }
   FUSED_RNN_DEVICE int line() const { return block_index().x % team.cut.team % lines(); }
   FUSED_RNN_DEVICE int words() const { return GridShape(kShape).words(team.cut.granule); }

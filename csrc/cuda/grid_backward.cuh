@@ -25,11 +25,12 @@ struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
   using typename Block::A;
   static constexpr int kItems = Block::kItems, kGates = Cell::kGates;
 
+  const GridBackward<T>& args;
   const BackwardLoop<T>& loop;
   BackwardUnits<Cell, T, 1> mine[kItems];
 
   FUSED_RNN_DEVICE explicit GridBackwardBlock(const GridBackward<T>& a)
-      : Block(a.team), loop(a.loops[this->direction()]) {
+      : Block(a.team), args(a), loop(a.loops[this->direction()]) {
     const int64_t H = this->team.H;
     const GridCut& cut = this->team.cut;
     // Chunks of the operand are units of a granule at one gate after the other.
@@ -53,10 +54,12 @@ struct GridBackwardBlock : GridBlock<Cell, T, true, kExact, kM, kTiles> {
     sync_block();
   }
 
-  FUSED_RNN_DEVICE void start(int64_t tile) {
-    this->row = tile * Block::kColumns;
+  // The same in all directions; of the first it stands in instructions, not in registers.
+  FUSED_RNN_DEVICE int64_t steps() const { return args.loops[0].layer.loop.T; }
+
+  FUSED_RNN_DEVICE void start() {
     this->each([&](int k, int64_t n, int64_t u) { mine[k].load_carried(loop, n, u, u + 1); });
-    fetch(loop.layer.loop.T - 1);
+    fetch(steps() - 1);
   }
   FUSED_RNN_DEVICE void fetch(int64_t step) {
     this->each([&](int k, int64_t n, int64_t u) { mine[k].fetch(loop, step, n, u); });
@@ -93,10 +96,9 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
   if constexpr (!has_clusters() && kM == 5) return unsupported("so many rows need sm_90");
   GridBackwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  for (int64_t tile = block.first_tile(); tile * block.kColumns < a.team.N;
-       tile += block.next_tile()) {
-    block.start(tile);
-    for (int64_t step = block.loop.layer.loop.T - 1; step >= 0; --step, ++turn) {
+  block.each_tile([&] {
+    block.start();
+    for (int64_t step = block.steps() - 1; step >= 0; --step, ++turn) {
       block.update(step, turn);
       block.write_outputs(step);
       if (step > 0) block.fetch(step - 1);
@@ -111,7 +113,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
       block.add();
     }
     block.write_carried();
-  }
+  });
 }
 
 template <class Cell, class T, bool kExact, class Machine>

@@ -23,24 +23,23 @@ struct GridForwardBlock : GridBlock<Cell, T, false, kExact, kM, kTiles> {
   using typename Block::A;
   static constexpr int kItems = Block::kItems, kGates = Cell::kGates;
 
+  const GridForward<T>& args;
   const ForwardLayer<T>& layer;
-  const T* const first_operand;
   Biases<Cell, T> biases[kItems];
   ForwardUnit<Cell, T> mine[kItems];
   A saved[kItems][4];
 
   FUSED_RNN_DEVICE explicit GridForwardBlock(const GridForward<T>& a)
-      : Block(a.team),
-        layer(a.layers[this->direction()]),
-        first_operand(a.operand + this->direction() * layer.N * layer.H) {
+      : Block(a.team), args(a), layer(a.layers[this->direction()]) {
     const int of_gate = this->team.cut.units;
     this->load_weights(
         [&](int row) {
           const int gate = row / of_gate, u = this->own.begin + row % of_gate;
-          return gate < kGates && u < this->own.end ? gate * int(layer.H) + u : -1;
+          return gate < kGates && u < this->own.end ? gate * int(this->team.H) + u : -1;
         },
         [&](int row, int k) {
-          return row >= 0 && k < layer.H ? load(layer.w_hh + row * layer.H + k) : from_float<T>(0);
+          const int64_t H = this->team.H;
+          return row >= 0 && k < H ? load(layer.w_hh + row * H + k) : from_float<T>(0);
         });
     FUSED_RNN_UNROLL
     for (int k = 0; k < kItems; ++k) {
@@ -49,15 +48,19 @@ struct GridForwardBlock : GridBlock<Cell, T, false, kExact, kM, kTiles> {
     }
   }
 
+  // The same in all directions; of the first it stands in instructions, not in registers.
+  FUSED_RNN_DEVICE int64_t count() const { return args.layers[0].count; }
+
   // The states before a tile's first step, and its operand: all units, not the block's own alone.
-  FUSED_RNN_DEVICE void start(int64_t tile) {
-    this->row = tile * Block::kColumns;
+  FUSED_RNN_DEVICE void start() {
     const int length = int(this->place.stride);
+    const int64_t N = this->team.N, H = this->team.H;
+    const T* const first_operand = args.operand + this->direction() * N * H;
     if (this->team.cut.overlaid) sync_block();  // others still read the sums of the tile before
     for (int i = thread_index().x; i < Block::kColumns * length; i += Block::kThreads) {
       const int column = i / length, k = i % length;
-      const bool exists = this->has_row(column) && k < layer.H;
-      const int64_t at = (this->row + column) * layer.H + k;
+      const bool exists = this->has_row(column) && k < H;
+      const int64_t at = (this->row + column) * H + k;
       this->store_operand(column, k, exists ? read(first_operand, at) : A(0));
     }
     this->each([&](int k, int64_t n, int64_t u) { mine[k].load_states(layer, n, u); });
@@ -72,7 +75,7 @@ struct GridForwardBlock : GridBlock<Cell, T, false, kExact, kM, kTiles> {
   // A step of the thread's units, and for the next one's product to the other blocks.
   FUSED_RNN_DEVICE void update(int64_t step, int64_t turn, bool sends) {
     const StepRows now = layer.step(step);
-    const StepRows next = layer.step(step + 1 < layer.count ? step + 1 : step);
+    const StepRows next = layer.step(step + 1 < count() ? step + 1 : step);
     A h[kItems][1];
     this->each([&](int k, int64_t n, int64_t u) {
       A gh[kGates];
@@ -101,11 +104,10 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
   if constexpr (!has_mma()) return unsupported("the grid algorithm needs sm_80");
   GridForwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  for (int64_t tile = block.first_tile(); tile * block.kColumns < a.team.N;
-       tile += block.next_tile()) {
-    block.start(tile);
-    for (int64_t step = 0; step < block.layer.count; ++step) {
-      const bool last = step + 1 == block.layer.count;
+  block.each_tile([&] {
+    block.start();
+    for (int64_t step = 0; step < block.count(); ++step) {
+      const bool last = step + 1 == block.count();
       if (step > 0) block.gather(turn - 1);
       sync_block();
       block.multiply();
@@ -116,7 +118,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
       block.write_outputs(step);
     }
     block.write_states();
-  }
+  });
 }
 
 template <class Cell, class T, bool kExact, class Machine>

@@ -65,8 +65,8 @@ def cannot_compute(problem: Problem) -> str | None:
 def explain(problem: Problem) -> str:
     if "layer_norm" in problem.options:
         return (
-            "input product and its norm in torch, time loop with the other norms in one native "
-            "call, the batch split over threads"
+            "input product (and its norm, unless it is joint) in torch, time loop with the other "
+            "norms in one native call, the batch split over threads"
         )
     if is_small(problem):
         return "one pass over the weights, past the dispatcher"
