@@ -54,6 +54,7 @@ TESTS = {
     "test_bidirectional.py": "",
     "test_gradients.py": "",
     "test_recompute.py": "",
+    "test_vmap.py": "",
     "test_packed.py": "",
     "test_autocast.py": "",
     "test_compile.py": "",

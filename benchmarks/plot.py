@@ -76,7 +76,7 @@ def figures(path: Path, before: Path | None = None) -> Iterator[tuple[str, Figur
     """The pictures for which there are rows, by name."""
     if path.read_text().count("\n") > 1:
         rows, run = read(path)
-        timed = [row for row in rows if row.status == "ok"]
+        timed = [row for row in rows if row.status == "ok" and not row.task]
         drawn = {"ratios": ratios(timed, run)}
         drawn |= {name: draw(timed, run) for name, draw in charts.CHARTS.items()}
         if before:

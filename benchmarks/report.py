@@ -7,13 +7,15 @@ that as one page with the pictures inside.
 
 import argparse
 import html
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import results
 
 from fused_rnn.bench import rows
 from fused_rnn.bench.rows import Provenance, Row
+from fused_rnn.bench.today import TASKS
 
 HOUSE = results.ROOT.parent
 README, PAGE = HOUSE / "README.md", HOUSE / "docs" / "benchmarks.md"
@@ -25,6 +27,14 @@ HEAD = (
 COUNTS = (
     "A ratio in parentheses does not count: beside it, two threads gave a plain matrix product "
     "less than 1.3× of one thread, so the second core was not free."
+)
+TODAY_HEAD = (
+    *("workload", "cell, shape", "pass", "with torch.nn", "ours in its way", "torch.nn ms"),
+    *("ours in its way ms", "fused_rnn ms", "ratio", "ours / ours in its way"),
+)
+TODAY_WORDS = (
+    "What people write with torch.nn today, against our one call for it, and that against our own "
+    "modules used as torch.nn's; all three in turn, on one thread."
 )
 PICTURES = ("ratios", "heat", "scaling", "roofline", "memory")
 STYLE = """
@@ -51,7 +61,7 @@ def lines(found: list[Row]) -> Iterator[tuple[str, ...]]:
     """The cells of the table's lines, as ``HEAD`` names them."""
     by_key = {(r.workload, r.kind, r.threads, r.provider): r for r in found}
     for row in found:
-        if row.provider != "fused_rnn" or row.threads != 1 or row.ratio is None:
+        if row.provider != "fused_rnn" or row.threads != 1 or row.ratio is None or row.task:
             continue
         theirs = by_key[row.workload, row.kind, 1, "torch"]
         two = by_key.get((row.workload, row.kind, 2, "fused_rnn"))
@@ -68,17 +78,59 @@ def lines(found: list[Row]) -> Iterator[tuple[str, ...]]:
         )
 
 
+class Today(NamedTuple):
+    """The cells of a line, as ``TODAY_HEAD`` names them."""
+
+    workload: str
+    shape: str
+    kind: str
+    torch: str
+    plain: str
+    torch_ms: str
+    plain_ms: str
+    ms: str
+    ratio: str
+    share: str
+
+
+def today(found: list[Row]) -> Iterator[Today]:
+    """The tasks that all three providers did."""
+    by_key = {(r.workload, r.kind, r.provider): r for r in found if r.task and r.p50_ms}
+    for (workload, kind, provider), row in by_key.items():
+        theirs, plain = (by_key.get((workload, kind, name)) for name in ("torch", "plain"))
+        if provider == "fused_rnn" and theirs and plain:
+            words = TASKS[row.task]
+            yield Today(
+                workload,
+                f"{row.cell} {row.shape}",
+                kind,
+                words.torch,
+                words.plain,
+                milliseconds(theirs.p50_ms),
+                milliseconds(plain.p50_ms),
+                milliseconds(row.p50_ms),
+                f"**{row.ratio:.2f}×**",
+                f"{row.p50_ms / plain.p50_ms:.2f}",
+            )
+
+
+def markdown(head: Iterable[str], numbers: int, found: Iterable[Iterable[str]]) -> list[str]:
+    """A table whose last so many columns are numbers."""
+    head = [*head]
+    rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
+    return [f"| {' | '.join(head)} |", f"|{'|'.join(rule)}|"] + [
+        f"| {' | '.join(cells)} |" for cells in found
+    ]
+
+
 def table(path: Path) -> str:
     """The rows of a file in Markdown, with where and how they were measured."""
     found, run = rows.read(path)
-    written = [
-        measured_on(run),
-        "",
-        f"| {' | '.join(HEAD)} |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    written += [f"| {' | '.join(cells)} |" for cells in lines(found)]
-    return "\n".join([*written, "", COUNTS, "", source(run, path)])
+    written = [measured_on(run), "", *markdown(HEAD, 5, lines(found)), "", COUNTS, ""]
+    tasks = [*today(found)]
+    if tasks:
+        written += [TODAY_WORDS, "", *markdown(TODAY_HEAD, 5, tasks), ""]
+    return "\n".join([*written, source(run, path)])
 
 
 def milliseconds(value: float) -> str:
@@ -137,20 +189,26 @@ def html_page(folder: Path = results.RESULTS) -> str:
     parts = []
     for path in devices(folder):
         found, run = rows.read(path)
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in HEAD)
-        body = (
-            "".join(f"<td>{html.escape(cell.replace('*', ''))}</td>" for cell in cells)
-            for cells in lines(found)
-        )
         parts += [f"<h2>{html.escape(run.device)}</h2><p>{html.escape(measured_on(run))}</p>"]
-        parts += [f"<table><tr>{head}</tr>", *(f"<tr>{row}</tr>" for row in body), "</table>"]
-        parts += [f"<p>{html.escape(text)}</p>" for text in (COUNTS, source(run, path))]
+        parts += [*html_table(HEAD, lines(found)), f"<p>{html.escape(COUNTS)}</p>"]
+        if tasks := [*today(found)]:
+            parts += [f"<p>{html.escape(TODAY_WORDS)}</p>", *html_table(TODAY_HEAD, tasks)]
+        parts.append(f"<p>{html.escape(source(run, path))}</p>")
         for picture in pictures(path, "svg"):
             drawn = picture.read_text()
             parts.append(f"<figure>{drawn[drawn.index('<svg') :]}</figure>")
     title = "fused_rnn: benchmarks"
     head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
     return f"<!doctype html><html lang='en'>{head}<h1>{title}</h1>" + "\n".join(parts) + "</html>\n"
+
+
+def html_table(head: Iterable[str], found: Iterable[Iterable[str]]) -> list[str]:
+    titles = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = (
+        "".join(f"<td>{html.escape(cell.replace('*', ''))}</td>" for cell in cells)
+        for cells in found
+    )
+    return [f"<table><tr>{titles}</tr>", *(f"<tr>{row}</tr>" for row in body), "</table>"]
 
 
 def update(readme: Path, text: str) -> None:

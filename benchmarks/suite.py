@@ -3,7 +3,8 @@
 1. every cell against torch.nn (``fused_rnn/bench/check.py``);
 2. the small workloads against torch.nn: checked, timed in turn, memory beside it
    (``fused_rnn/bench/measure.py``);
-3. a character language model, once with each LSTM (``char_lm.py``).
+3. what people write with torch.nn where ours has one call (``fused_rnn/bench/today.py``), likewise;
+4. a character language model, once with each LSTM (``char_lm.py``).
 
 Prints as it goes, keeps rows, loss curves and pictures under ``results/<device>/``. The exit
 status says whether all checks passed; rows slower than torch.nn are listed at the end.
@@ -13,6 +14,7 @@ import argparse
 import csv
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import char_lm
 import plot
+import report
 import results
 from torch import nn
 from tqdm import tqdm
@@ -27,12 +30,13 @@ from tqdm import tqdm
 import fused_rnn
 from fused_rnn.bench import check, measure, rows, timing, workloads
 from fused_rnn.bench.__main__ import progress, silence
-from fused_rnn.bench.measure import Bench
+from fused_rnn.bench.measure import Bench, Point
 from fused_rnn.bench.providers import find
 from fused_rnn.bench.rows import Row, Writer
-from fused_rnn.bench.timing import Turn, torch_threads
+from fused_rnn.bench.timing import Rates, Turn, torch_threads
 
 PROVIDERS = {"fused_rnn": fused_rnn, "torch": nn}
+TODAY = ("fused_rnn", "plain", "torch")
 SLOW = 0.95
 """Below this ratio to torch.nn a row is listed as slow."""
 
@@ -44,6 +48,7 @@ class Run:
     writer: Writer
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    rates: dict[int, Rates] = field(default_factory=dict)
 
     def fail(self, sentence: str) -> None:
         self.failures.append(sentence)
@@ -75,26 +80,39 @@ def timing_part(run: Run, threads: list[int], budget: float, least: int) -> dict
     """Times all rows at the first thread count, then those at the others while there is time.
     Returns what was left out, with the reason."""
     say("\n2. Against torch.nn, in turn; ratio above 1 is faster than torch.nn")
-    say(measure.HEAD)
     chosen, left_out = workloads.select(workloads.load())
-    measured, late = measure.run(
-        Bench([find(name) for name in PROVIDERS]),
-        measure.points(chosen, threads=threads),
-        run.writer,
-        budget=budget,
-        least=least,
-        progress=progress,
-        say=tqdm.write,
+    points = measure.points(chosen, threads=threads)
+    return left_out | measured(run, PROVIDERS, points, budget, least)
+
+
+def today_part(run: Run, budget: float, least: int) -> dict[str, str]:
+    """The tasks of ``today.py`` on one thread. Returns what was left out, with the reason."""
+    say("\n3. Against what people write with torch.nn; `plain` is ours in torch.nn's way")
+    points = measure.points(workloads.load(workloads.TODAY))
+    left_out = measured(run, TODAY, points, budget, least)
+    for line in report.today(run.rows):
+        ratio = line.ratio.replace("*", "")
+        say(f"   {line.workload} {line.kind}: {ratio} a {line.torch}, {line.share} of {line.plain}")
+    return left_out
+
+
+def measured(
+    run: Run, providers: Iterable[str], points: list[Point], budget: float, least: int
+) -> dict[str, str]:
+    say(measure.HEAD)
+    bench = Bench([find(name) for name in providers], rates=run.rates)
+    found, late = measure.run(
+        bench, points, run.writer, budget=budget, least=least, progress=progress, say=tqdm.write
     )
-    run.rows += measured
-    for row in measured:
+    run.rows += found
+    for row in found:
         if row.is_bad:
             run.fail(f"{row.workload} {row.kind}, {row.provider}: {row.status}")
-    return left_out | late
+    return late
 
 
 def char_lm_part(run: Run, steps: int) -> None:
-    say("\n3. A character model on Python's standard library: Embedding + LSTM + Linear")
+    say("\n4. A character model on Python's standard library: Embedding + LSTM + Linear")
     corpus = char_lm.load_corpus()
     say(
         f"   {corpus.files} files, {len(corpus.data):,} characters, {len(corpus.vocabulary)} "
@@ -183,6 +201,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--budget", type=float, default=100, help="seconds for part 2")
+    parser.add_argument("--today", type=float, default=18, help="seconds for part 3")
     parser.add_argument("--steps", type=int, default=300, help="of the character model")
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="results folder")
     parser.add_argument(
@@ -195,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     threads, least = [count for count in (1, 2) if count <= rows.cores()], 5
     if arguments.quick:
-        arguments.budget, arguments.steps, threads, least = 0, 30, [1], 3
+        arguments.budget, arguments.today, arguments.steps, threads, least = 0, 0, 30, [1], 3
     silence()
     start = time.perf_counter()
     origin = rows.provenance(fused_rnn)
@@ -208,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(writer)
         check_part(run)
         left_out = timing_part(run, threads, arguments.budget, least)
+        left_out |= today_part(run, arguments.today, least)
         char_lm_part(run, arguments.steps)
     summary(run, left_out)
     say(f"\n{time.perf_counter() - start:.0f} s. Rows and pictures:")

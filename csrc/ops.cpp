@@ -22,50 +22,98 @@ ScalarType carry_type(ScalarType io) {
   return io == ScalarType::BFloat16 || io == ScalarType::Half ? ScalarType::Float : io;
 }
 
-// Checks one operand and makes it contiguous; empty stays empty.
+// Where an operand lies for each model.
+struct Placed {
+  const void* data = nullptr;
+  int64_t stride = 0;  // bytes from one model to the next
+
+  bool operator!() const { return !data; }
+  const void* at(int64_t model) const {
+    return data ? static_cast<const char*>(data) + model * stride : nullptr;
+  }
+};
+
+// A result, and where it lies for each model.
+struct Made {
+  Tensor tensor;
+  void* data = nullptr;  // null where there is none: the tensor is empty
+  int64_t stride = 0;
+
+  void* at(int64_t model) const {
+    return data ? static_cast<char*>(data) + model * stride : nullptr;
+  }
+};
+
+int64_t product(const Shape& shape) {
+  int64_t size = 1;
+  for (const int64_t n : shape) size *= n;
+  return size;
+}
+
+int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double: return 8;
+    case ScalarType::BFloat16:
+    case ScalarType::Half: return 2;
+    case ScalarType::Byte: return 1;
+    default: return 4;
+  }
+}
+
+// Checks one operand and makes it contiguous; empty stays empty. Where models are stacked, an
+// operand has their dimension first, and one that is expanded there is not copied. Keeps what it
+// gives alive.
 class Operands {
   const char* name_;
-  const Tensor& like_;
+  Tensor like_;
   ScalarType io_;
+  std::vector<Tensor> alive_;
 
  public:
+  std::optional<int64_t> models;
+
   // All must be where `like`, called `name`, is.
-  Operands(const char* name, const Tensor& like)
-      : name_(name), like_(like), io_(like.scalar_type()) {}
+  Operands(const char* name, const Tensor& like, std::optional<int64_t> models = std::nullopt)
+      : name_(name), like_(like), io_(like.scalar_type()), models(models) {}
+
+  const Tensor& like() const { return like_; }
+
+  // The shape of all models' together.
+  Shape stacked(Shape shape) const {
+    if (models) shape.insert(shape.begin(), *models);
+    return shape;
+  }
 
   // A state may come in the dtype of x or in the carry dtype, anything else only in its own.
-  Tensor get(const char* name, const Tensor& x, const Shape& shape, ScalarType type,
-             bool state = false) const {
-    const auto sizes = x.sizes();
-    bool fits = sizes.size() == shape.size();
-    for (size_t i = 0; fits && i < shape.size(); ++i) fits = sizes[i] == shape[i];
+  Placed get(const char* name, const OptionalTensor& x, const Shape& shape, ScalarType type,
+             bool state = false) {
+    if (!x) return {};
+    const Shape expected = stacked(shape);
+    const auto sizes = x->sizes();
+    bool fits = sizes.size() == expected.size();
+    for (size_t i = 0; fits && i < expected.size(); ++i) fits = sizes[i] == expected[i];
     STD_TORCH_CHECK(fits, "fused_rnn: ", name, " has size ", to_string(sizes.data(), sizes.size()),
-                    ", expected ", to_string(shape.data(), shape.size()));
-    STD_TORCH_CHECK(x.device() == like_.device(), "fused_rnn: ", name,
+                    ", expected ", to_string(expected.data(), expected.size()));
+    STD_TORCH_CHECK(x->device() == like_.device(), "fused_rnn: ", name,
                     " is on another device than ", name_, "; move it there with .to(", name_,
                     ".device)");
-    const ScalarType given = x.scalar_type();
+    const ScalarType given = x->scalar_type();
     STD_TORCH_CHECK(
         given == type || (state && (given == io_ || given == carry_type(io_))), "fused_rnn: ", name,
         " has another dtype than expected; ", name_,
         ", the weights and the states must agree, control and keep are uint8 and rows is int32");
-    if (given == type && x.is_contiguous()) return x;
-    return or_out_of_memory(
+    const bool shared = models && *models > 0 && x->stride(0) == 0;
+    const int64_t stride = models && !shared ? product(shape) * bytes_of(type) : 0;
+    alive_.push_back(or_out_of_memory(
         [&] {
-          const Tensor typed = given == type ? x : torch::stable::to(x, type);
+          const Tensor one = shared ? torch::stable::select(*x, 0, 0) : *x;
+          const Tensor typed = given == type ? one : torch::stable::to(one, type);
           return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
         },
-        [&] { return name; });
-  }
-
-  OptionalTensor get(const char* name, const OptionalTensor& x, const Shape& shape, ScalarType type,
-                     bool state = false) const {
-    if (!x) return std::nullopt;
-    return get(name, *x, shape, type, state);
+        [&] { return name; }));
+    return {alive_.back().const_data_ptr(), stride};
   }
 };
-
-const void* pointer(const OptionalTensor& x) { return x ? x->const_data_ptr() : nullptr; }
 
 Tensor allocate(const Tensor& like, const Shape& shape, ScalarType type) {
   return or_out_of_memory(
@@ -74,12 +122,10 @@ Tensor allocate(const Tensor& like, const Shape& shape, ScalarType type) {
 }
 
 // Every row of the compact tensors belongs to just one step, and no step points outside of them.
-void check_rows(const Tensor& rows, int64_t count) {
-  if (!rows.is_cpu()) return;
+void check_rows(const int32_t* row, int64_t steps, int64_t count) {
   std::vector<bool> seen(static_cast<size_t>(count), false);
-  const auto* row = static_cast<const int32_t*>(rows.const_data_ptr());
   int64_t used = 0;
-  for (int64_t i = 0; i < rows.numel(); ++i) {
+  for (int64_t i = 0; i < steps; ++i) {
     if (row[i] < 0) continue;
     STD_TORCH_CHECK(row[i] < count && !seen[static_cast<size_t>(row[i])],
                     "fused_rnn: rows names row ", row[i], " twice, or it is outside of the ", count,
@@ -109,80 +155,107 @@ struct Problem {
   CellShape cell;
   ScalarType io, carry;
   Shape lead;  // [T, N], or [M] with rows
-  Layer layer{};
+  Layer sizes{};
   Operands operands;
-  std::vector<Tensor> keep_alive;
+  Placed x, w_ih, w_hh, w_hr, control, rows, h_mask, keep, keep_share;
 
   Problem(const Device& device, int64_t cell_id, const Direction& of) : operands("x", of.inputs.x) {
     const Inputs& inputs = of.inputs;
     const Options& options = of.options;
-    const Tensor &x = inputs.x, &w_hh = inputs.w_hh;
+    const Tensor& w = inputs.w_hh;
     STD_TORCH_CHECK(options.algorithm >= 0 && options.algorithm <= device.algorithms,
                     "fused_rnn: this device has no algorithm ", options.algorithm);
     cell = shape_of(cell_id);
-    io = io_type("x", x);
+    io = io_type("x", inputs.x);
     carry = carry_type(io);
-    STD_TORCH_CHECK(x.dim() == (options.rows ? 2 : 3), "fused_rnn: x must have ",
-                    options.rows ? 2 : 3, " dimensions, got ", x.dim());
-    STD_TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) > 0 && w_hh.size(0) % cell.gates == 0,
+    // The weights say whether models are stacked; then a model's own dimensions begin at 1.
+    const int64_t first = w.dim() == 3 ? 1 : 0;
+    if (first) operands.models = w.size(0);
+    const int64_t dims = first + (options.rows ? 2 : 3);
+    STD_TORCH_CHECK(inputs.x.dim() == dims, "fused_rnn: x must have ", dims, " dimensions, got ",
+                    inputs.x.dim());
+    STD_TORCH_CHECK(w.dim() == first + 2 && w.size(first) > 0 && w.size(first) % cell.gates == 0,
                     "fused_rnn: w_hh must be [", cell.gates, "*H, R], got ",
-                    to_string(w_hh.sizes().data(), w_hh.sizes().size()));
-    layer.cell = int(cell_id);
-    layer.reverse = of.reverse;
-    layer.algorithm = options.algorithm;
-    layer.tf32 = options.tf32;
-    layer.H = w_hh.size(0) / cell.gates;
-    layer.R = w_hh.size(1);
-    layer.I = inputs.w_ih ? x.size(x.dim() - 1) : gates();
-    const Tensor& time = options.rows ? *options.rows : x;
-    STD_TORCH_CHECK(time.dim() >= 2, "fused_rnn: rows must be [T, N]");
-    layer.T = time.size(0);
-    layer.N = time.size(1);
-    lead = options.rows ? Shape{x.size(0)} : Shape{layer.T, layer.N};
-    STD_TORCH_CHECK(layer.R > 0 && layer.I > 0, "fused_rnn: w_hh and w_ih must not be empty");
-    layer.M = options.rows ? x.size(0) : layer.T * layer.N;
+                    to_string(w.sizes().data(), w.sizes().size()));
+    sizes.cell = int(cell_id);
+    sizes.reverse = of.reverse;
+    sizes.algorithm = options.algorithm;
+    sizes.tf32 = options.tf32;
+    sizes.H = w.size(first) / cell.gates;
+    sizes.R = w.size(first + 1);
+    sizes.I = inputs.w_ih ? inputs.x.size(dims - 1) : gates();
+    const Tensor& time = options.rows ? *options.rows : inputs.x;
+    STD_TORCH_CHECK(time.dim() >= first + 2, "fused_rnn: rows must be [T, N]");
+    sizes.T = time.size(first);
+    sizes.N = time.size(first + 1);
+    lead = options.rows ? Shape{inputs.x.size(first)} : Shape{sizes.T, sizes.N};
+    STD_TORCH_CHECK(sizes.R > 0 && sizes.I > 0, "fused_rnn: w_hh and w_ih must not be empty");
+    sizes.M = product(lead);
     STD_TORCH_CHECK(!options.w_hr || cell.states == 2, "fused_rnn: only LSTM has a projection");
-    STD_TORCH_CHECK(options.w_hr || layer.R == layer.H, "fused_rnn: w_hh must be [", gates(), ", ",
-                    layer.H, "] without a projection");
+    STD_TORCH_CHECK(options.w_hr || sizes.R == sizes.H, "fused_rnn: w_hh must be [", gates(), ", ",
+                    sizes.H, "] without a projection");
 
-    layer.x = hold(operands.get("x", x, rows_of(layer.I), io));
-    layer.w_ih = hold(operands.get("w_ih", inputs.w_ih, {gates(), layer.I}, io));
-    layer.w_hh = hold(operands.get("w_hh", w_hh, {gates(), layer.R}, io));
-    layer.w_hr = hold(operands.get("w_hr", options.w_hr, {layer.R, layer.H}, io));
-    layer.control = static_cast<const uint8_t*>(
-        hold(operands.get("control", options.control, {layer.T, layer.N}, ScalarType::Byte)));
-    const auto rows = operands.get("rows", options.rows, {layer.T, layer.N}, ScalarType::Int);
-    if (rows) check_rows(*rows, layer.M);
-    layer.rows = static_cast<const int32_t*>(hold(rows));
-    layer.h_mask = hold(operands.get("h_mask", options.h_mask, {layer.N, layer.R}, io));
-    const int64_t states = layer.R + (cell.states - 1) * layer.H;
+    const Shape steps = {sizes.T, sizes.N};
+    const int64_t states = sizes.R + (cell.states - 1) * sizes.H;
+    x = operands.get("x", inputs.x, rows_of(sizes.I), io);
+    w_ih = operands.get("w_ih", inputs.w_ih, {gates(), sizes.I}, io);
+    w_hh = operands.get("w_hh", w, {gates(), sizes.R}, io);
+    w_hr = operands.get("w_hr", options.w_hr, {sizes.R, sizes.H}, io);
+    control = operands.get("control", options.control, steps, ScalarType::Byte);
+    rows = operands.get("rows", options.rows, steps, ScalarType::Int);
+    h_mask = operands.get("h_mask", options.h_mask, {sizes.N, sizes.R}, io);
     if (options.keep && options.keep->scalar_type() != ScalarType::Byte)
-      layer.keep_share = hold(operands.get("keep", options.keep, {states}, carry, true));
+      keep_share = operands.get("keep", options.keep, {states}, carry, true);
     else
-      layer.keep = static_cast<const uint8_t*>(
-          hold(operands.get("keep", options.keep, {layer.T, layer.N, states}, ScalarType::Byte)));
+      keep = operands.get("keep", options.keep, {sizes.T, sizes.N, states}, ScalarType::Byte);
+    if (options.rows && options.rows->is_cpu())
+      for (int64_t model = 0; model < models(); ++model) {
+        if (model && !rows.stride) break;
+        check_rows(static_cast<const int32_t*>(rows.at(model)), product(steps), sizes.M);
+      }
   }
 
-  int64_t gates() const { return cell.gates * layer.H; }
+  int64_t models() const { return operands.models.value_or(1); }
+  int64_t gates() const { return cell.gates * sizes.H; }
   bool has_c() const { return cell.states == 2; }
-
-  const void* hold(const OptionalTensor& x) {
-    if (x) keep_alive.push_back(*x);
-    return pointer(x);
-  }
 
   Shape rows_of(int64_t width) const {
     Shape shape = lead;
     shape.push_back(width);
     return shape;
   }
+
+  // A result; empty where there is none. A batch of none has gradients too: zeros.
+  Made make(bool exists, const Shape& shape, ScalarType type, bool zero = false) const {
+    const Tensor& like = operands.like();
+    if (!exists) return {allocate(like, {0}, type)};
+    const Shape all = operands.stacked(shape);
+    const Tensor made =
+        zero ? torch::stable::new_zeros(like, all, type) : allocate(like, all, type);
+    return {made, made.mutable_data_ptr(), product(shape) * bytes_of(type)};
+  }
+
+  Layer layer(int64_t model) const {
+    Layer layer = sizes;
+    layer.x = x.at(model);
+    layer.w_ih = w_ih.at(model);
+    layer.w_hh = w_hh.at(model);
+    layer.w_hr = w_hr.at(model);
+    layer.control = static_cast<const uint8_t*>(control.at(model));
+    layer.rows = static_cast<const int32_t*>(rows.at(model));
+    layer.h_mask = h_mask.at(model);
+    layer.keep = static_cast<const uint8_t*>(keep.at(model));
+    layer.keep_share = keep_share.at(model);
+    return layer;
+  }
 };
 
-// The arguments of a device and the results behind them, and what keeps the operands alive.
+// The arguments of a device for each model and the results behind them, and what keeps the operands
+// alive.
 template <class Args, class Result>
 struct Call {
   Problem problem;
-  Args args;
+  std::vector<Args> models;
   Result result;
 };
 
@@ -190,30 +263,38 @@ Call<ForwardArgs, ForwardResult> prepare(const Device& device, int64_t cell, con
                                          bool save) {
   Problem p(device, cell, of);
   const Inputs& inputs = of.inputs;
-  const Tensor& x = inputs.x;
-  const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R;
+  const int64_t N = p.sizes.N, H = p.sizes.H, R = p.sizes.R;
   const bool saves_c = save && p.has_c(), saves_gates = save && p.cell.saved;
   STD_TORCH_CHECK(inputs.w_ih || !inputs.b_ih, "fused_rnn: b_ih needs w_ih");
+  const Placed b_ih = p.operands.get("b_ih", inputs.b_ih, {p.gates()}, p.io);
+  const Placed b_hh = p.operands.get("b_hh", inputs.b_hh, {p.gates()}, p.io);
+  const Placed h0 = p.operands.get("h0", inputs.h0, {N, R}, p.carry, true);
+  const Placed c0 = p.has_c() ? p.operands.get("c0", inputs.c0, {N, H}, p.carry, true) : Placed();
 
-  const Tensor h = allocate(x, p.rows_of(R), p.io);
-  const Tensor c = allocate(x, saves_c ? p.rows_of(H) : Shape{0}, p.io);
-  const Tensor h_n = allocate(x, {N, R}, p.carry);
-  const Tensor c_n = allocate(x, p.has_c() ? Shape{N, H} : Shape{0}, p.carry);
-  const Tensor saved = allocate(x, saves_gates ? p.rows_of(p.cell.saved * H) : Shape{0}, p.io);
+  const Made h = p.make(true, p.rows_of(R), p.io);
+  const Made c = p.make(saves_c, p.rows_of(H), p.io);
+  const Made h_n = p.make(true, {N, R}, p.carry);
+  const Made c_n = p.make(p.has_c(), {N, H}, p.carry);
+  const Made saved = p.make(saves_gates, p.rows_of(p.cell.saved * H), p.io);
 
-  ForwardArgs args{};
-  static_cast<Layer&>(args) = p.layer;
-  args.save = save;
-  args.b_ih = p.hold(p.operands.get("b_ih", inputs.b_ih, {p.gates()}, p.io));
-  args.b_hh = p.hold(p.operands.get("b_hh", inputs.b_hh, {p.gates()}, p.io));
-  args.h0 = p.hold(p.operands.get("h0", inputs.h0, {N, R}, p.carry, true));
-  args.c0 = p.has_c() ? p.hold(p.operands.get("c0", inputs.c0, {N, H}, p.carry, true)) : nullptr;
-  args.h = h.mutable_data_ptr();
-  args.c = saves_c ? c.mutable_data_ptr() : nullptr;
-  args.h_n = h_n.mutable_data_ptr();
-  args.c_n = p.has_c() ? c_n.mutable_data_ptr() : nullptr;
-  args.saved = saves_gates ? saved.mutable_data_ptr() : nullptr;
-  return {std::move(p), args, {h, c, h_n, c_n, saved}};
+  std::vector<ForwardArgs> models(static_cast<size_t>(p.models()));
+  for (size_t i = 0; i < models.size(); ++i) {
+    const auto model = static_cast<int64_t>(i);
+    ForwardArgs& args = models[i];
+    static_cast<Layer&>(args) = p.layer(model);
+    args.save = save;
+    args.b_ih = b_ih.at(model);
+    args.b_hh = b_hh.at(model);
+    args.h0 = h0.at(model);
+    args.c0 = c0.at(model);
+    args.h = h.at(model);
+    args.c = c.at(model);
+    args.h_n = h_n.at(model);
+    args.c_n = c_n.at(model);
+    args.saved = saved.at(model);
+  }
+  return {
+      std::move(p), std::move(models), {h.tensor, c.tensor, h_n.tensor, c_n.tensor, saved.tensor}};
 }
 
 Call<BackwardArgs, BackwardResult> prepare(const Device& device, int64_t cell,
@@ -222,65 +303,89 @@ Call<BackwardArgs, BackwardResult> prepare(const Device& device, int64_t cell,
   const OutputGradients& grads = back.grads;
   const Kept& kept = back.kept;
   Problem p(device, cell, back.of);
-  const int64_t N = p.layer.N, H = p.layer.H, R = p.layer.R, I = p.layer.I;
-  const Operands& operands = p.operands;
-  STD_TORCH_CHECK(!p.layer.keep_share,
+  STD_TORCH_CHECK(!p.keep_share,
                   "fused_rnn: there is no backward where keep is a share of each state");
+  const int64_t N = p.sizes.N, H = p.sizes.H, R = p.sizes.R, I = p.sizes.I;
+  Operands& operands = p.operands;
+  const bool has_c = p.has_c(), saves = p.cell.saved > 0;
+  const Shape h_state = {N, R}, c_state = {N, H}, over_time = p.rows_of(H);
 
-  BackwardArgs args{};
-  static_cast<Layer&>(args) = p.layer;
-  args.dh = p.hold(operands.get("dh", grads.dh, p.rows_of(R), p.io));
-  args.dc = p.has_c() ? p.hold(operands.get("dc", grads.dc, p.rows_of(H), p.io)) : nullptr;
-  args.dh_n = p.hold(operands.get("dh_n", grads.dh_n, {N, R}, p.carry, true));
-  args.dc_n = p.has_c() ? p.hold(operands.get("dc_n", grads.dc_n, {N, H}, p.carry, true)) : nullptr;
-  args.h = p.hold(operands.get("h", kept.h, p.rows_of(R), p.io));
-  args.c = p.has_c() ? p.hold(operands.get("c", kept.c, p.rows_of(H), p.io)) : nullptr;
-  if (p.cell.saved)
-    args.saved = p.hold(operands.get("saved", kept.saved, p.rows_of(p.cell.saved * H), p.io));
-  args.h0 = p.hold(operands.get("h0", inputs.h0, {N, R}, p.io, true));
-  args.c0 = p.has_c() ? p.hold(operands.get("c0", inputs.c0, {N, H}, p.io, true)) : nullptr;
+  const Placed dh = operands.get("dh", grads.dh, p.rows_of(R), p.io);
+  const Placed dc = has_c ? operands.get("dc", grads.dc, over_time, p.io) : Placed();
+  const Placed dh_n = operands.get("dh_n", grads.dh_n, h_state, p.carry, true);
+  const Placed dc_n = has_c ? operands.get("dc_n", grads.dc_n, c_state, p.carry, true) : Placed();
+  const Placed h = operands.get("h", kept.h, p.rows_of(R), p.io);
+  const Placed c = has_c ? operands.get("c", kept.c, over_time, p.io) : Placed();
+  const Shape gates = p.rows_of(p.cell.saved * H);
+  const Placed saved = saves ? operands.get("saved", kept.saved, gates, p.io) : Placed();
+  const Placed h0 = operands.get("h0", inputs.h0, h_state, p.io, true);
+  const Placed c0 = has_c ? operands.get("c0", inputs.c0, c_state, p.io, true) : Placed();
 
-  // Empty where it is not wanted. A batch of none has gradients too: zeros.
-  const auto result = [&](int64_t bit, bool exists, Shape shape, ScalarType type, void*& data) {
-    const bool given = (back.wanted & bit) && exists;
-    if (!given) shape = {0};
-    Tensor x =
-        N > 0 ? allocate(inputs.x, shape, type) : torch::stable::new_zeros(inputs.x, shape, type);
-    data = given ? x.mutable_data_ptr() : nullptr;
-    return x;
+  const auto result = [&](int64_t bit, bool exists, const Shape& shape, ScalarType type) {
+    return p.make((back.wanted & bit) && exists, shape, type, N == 0);
   };
-  const auto gradient = [&](int64_t bit, bool exists, const Shape& shape, void*& data) {
-    return result(bit, exists, shape, p.io, data);
+  const auto gradient = [&](int64_t bit, bool exists, const Shape& shape) {
+    return result(bit, exists, shape, p.io);
   };
   const bool has_w_ih = inputs.w_ih.has_value();
-  const Tensor dx = gradient(kInput, true, p.rows_of(I), args.dx);
-  const Tensor dw_ih = gradient(kWeightIh, has_w_ih, {p.gates(), I}, args.dw_ih);
-  const Tensor db_ih = gradient(kBiasIh, has_w_ih, {p.gates()}, args.db_ih);
-  const Tensor dw_hh = gradient(kWeightHh, true, {p.gates(), R}, args.dw_hh);
-  const Tensor db_hh = gradient(kBiasHh, true, {p.gates()}, args.db_hh);
-  const Tensor dw_hr = gradient(kWeightHr, back.of.options.w_hr.has_value(), {R, H}, args.dw_hr);
-  const Tensor dh_norm = result(kHiddenNorm, true, p.lead, p.carry, args.dh_norm);
-  const Tensor dh0 = allocate(inputs.x, {N, R}, p.carry);
-  const Tensor dc0 = allocate(inputs.x, p.has_c() ? Shape{N, H} : Shape{0}, p.carry);
-  args.dh0 = dh0.mutable_data_ptr();
-  args.dc0 = p.has_c() ? dc0.mutable_data_ptr() : nullptr;
-  return {std::move(p), args, {dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0, dw_hr, dh_norm}};
+  const Made dx = gradient(kInput, true, p.rows_of(I));
+  const Made dw_ih = gradient(kWeightIh, has_w_ih, {p.gates(), I});
+  const Made db_ih = gradient(kBiasIh, has_w_ih, {p.gates()});
+  const Made dw_hh = gradient(kWeightHh, true, {p.gates(), R});
+  const Made db_hh = gradient(kBiasHh, true, {p.gates()});
+  const Made dw_hr = gradient(kWeightHr, back.of.options.w_hr.has_value(), {R, H});
+  const Made dh_norm = result(kHiddenNorm, true, p.lead, p.carry);
+  const Made dh0 = p.make(true, h_state, p.carry);
+  const Made dc0 = p.make(has_c, c_state, p.carry);
+
+  std::vector<BackwardArgs> models(static_cast<size_t>(p.models()));
+  for (size_t i = 0; i < models.size(); ++i) {
+    const auto model = static_cast<int64_t>(i);
+    BackwardArgs& args = models[i];
+    static_cast<Layer&>(args) = p.layer(model);
+    args.dh = dh.at(model);
+    args.dc = dc.at(model);
+    args.dh_n = dh_n.at(model);
+    args.dc_n = dc_n.at(model);
+    args.h = h.at(model);
+    args.c = c.at(model);
+    args.saved = saved.at(model);
+    args.h0 = h0.at(model);
+    args.c0 = c0.at(model);
+    args.dx = dx.at(model);
+    args.dw_ih = dw_ih.at(model);
+    args.db_ih = db_ih.at(model);
+    args.dw_hh = dw_hh.at(model);
+    args.db_hh = db_hh.at(model);
+    args.dw_hr = dw_hr.at(model);
+    args.dh_norm = dh_norm.at(model);
+    args.dh0 = dh0.at(model);
+    args.dc0 = dc0.at(model);
+  }
+  return {std::move(p),
+          std::move(models),
+          {dx.tensor, dw_ih.tensor, db_ih.tensor, dw_hh.tensor, db_hh.tensor, dh0.tensor,
+           dc0.tensor, dw_hr.tensor, dh_norm.tensor}};
 }
 
 // Runs the directions that are prepared: there is one at least.
 template <class Args, class Result>
-std::vector<Result> run(void (*on_device)(Directions<Args>, const Tensor&), const Tensor& x,
+std::vector<Result> run(void (*on_device)(Models<Args>, const Tensor&), const Tensor& x,
                         const std::vector<Call<Args, Result>>& calls) {
-  std::vector<Args> all;
+  const Problem& first = calls[0].problem;
   std::vector<Result> results;
   for (const auto& call : calls) {
-    const Layer &a = call.args, &first = calls[0].args;
-    STD_TORCH_CHECK(a.H == first.H && a.R == first.R && !a.w_ih == !first.w_ih,
+    const Problem& p = call.problem;
+    STD_TORCH_CHECK(p.sizes.H == first.sizes.H && p.sizes.R == first.sizes.R &&
+                        !p.w_ih == !first.w_ih && p.operands.models == first.operands.models,
                     "fused_rnn: the weights of both directions must have the same sizes");
-    all.push_back(call.args);
     results.push_back(call.result);
   }
-  if (all[0].N > 0) on_device(Directions<Args>(all.data(), int(all.size())), x);
+  std::vector<Args> all;
+  for (size_t model = 0; model < calls[0].models.size(); ++model)
+    for (const auto& call : calls) all.push_back(call.models[model]);
+  if (first.sizes.N > 0 && !all.empty())
+    on_device({all.data(), first.models(), int(calls.size())}, x);
   return results;
 }
 
@@ -323,11 +428,11 @@ StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const 
   STD_TORCH_CHECK(shape.states == 1 || c, "fused_rnn: c is missing");
   const int64_t N = h.size(0), H = h.size(1);
   const bool has_c = shape.states == 2;
-  const Operands operands("gx", gx);
-  const Tensor gx_ = operands.get("gx", gx, {N, shape.gates * H}, io);
-  const Tensor gh_ = operands.get("gh", gh, {N, shape.gates * H}, io);
-  const Tensor h_ = operands.get("h", h, {N, H}, io);
-  const OptionalTensor c_ = has_c ? operands.get("c", c, {N, H}, io) : std::nullopt;
+  Operands operands("gx", gx);
+  const Placed gx_ = operands.get("gx", gx, {N, shape.gates * H}, io);
+  const Placed gh_ = operands.get("gh", gh, {N, shape.gates * H}, io);
+  const Placed h_ = operands.get("h", h, {N, H}, io);
+  const Placed c_ = has_c ? operands.get("c", c, {N, H}, io) : Placed();
   const Tensor h1 = allocate(gx, {N, H}, io);
   const Tensor c1 = allocate(gx, has_c ? Shape{N, H} : Shape{0}, io);
   const Tensor saved = allocate(gx, save && shape.saved ? Shape{N, shape.saved * H} : Shape{0}, io);
@@ -336,10 +441,10 @@ StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const 
   args.cell = int(cell);
   args.N = N;
   args.H = H;
-  args.gx = gx_.const_data_ptr();
-  args.gh = gh_.const_data_ptr();
-  args.h = h_.const_data_ptr();
-  args.c = pointer(c_);
+  args.gx = gx_.at(0);
+  args.gh = gh_.at(0);
+  args.h = h_.at(0);
+  args.c = c_.at(0);
   args.h1 = h1.mutable_data_ptr();
   args.c1 = has_c ? c1.mutable_data_ptr() : nullptr;
   args.saved = save && shape.saved ? saved.mutable_data_ptr() : nullptr;
@@ -357,15 +462,15 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
   STD_TORCH_CHECK(shape.states == 1 || c_before, "fused_rnn: c is missing");
   const int64_t N = kept.h.size(0), H = kept.h.size(1);
   const bool has_c = shape.states == 2;
-  const Operands operands("h1", kept.h);
-  const OptionalTensor dh1 = operands.get("dh1", grads.dh, {N, H}, io);
-  const OptionalTensor dc1 = has_c ? operands.get("dc1", grads.dc, {N, H}, io) : std::nullopt;
-  const OptionalTensor c = has_c ? operands.get("c", c_before, {N, H}, io) : std::nullopt;
-  const Tensor h = operands.get("h", before, {N, H}, io);
-  const Tensor h1 = operands.get("h1", kept.h, {N, H}, io);
-  const Tensor c1 = has_c ? operands.get("c1", kept.c, {N, H}, io) : kept.c;
-  const Tensor saved =
-      shape.saved ? operands.get("saved", kept.saved, {N, shape.saved * H}, io) : kept.saved;
+  Operands operands("h1", kept.h);
+  const Placed dh1 = operands.get("dh1", grads.dh, {N, H}, io);
+  const Placed dc1 = has_c ? operands.get("dc1", grads.dc, {N, H}, io) : Placed();
+  const Placed c = has_c ? operands.get("c", c_before, {N, H}, io) : Placed();
+  const Placed h = operands.get("h", before, {N, H}, io);
+  const Placed h1 = operands.get("h1", kept.h, {N, H}, io);
+  const Placed c1 = has_c ? operands.get("c1", kept.c, {N, H}, io) : Placed();
+  const Shape gates = {N, shape.saved * H};
+  const Placed saved = shape.saved ? operands.get("saved", kept.saved, gates, io) : Placed();
   const Tensor dgx = allocate(kept.h, {N, shape.gates * H}, io);
   const Tensor dgh =
       allocate(kept.h, shape.splits_gates ? Shape{N, shape.gates * H} : Shape{0}, io);
@@ -376,13 +481,14 @@ StepBackwardResult run_step_backward(const Device& device, int64_t cell,
   args.cell = int(cell);
   args.N = N;
   args.H = H;
-  args.h = h.const_data_ptr();
-  args.c = pointer(c);
-  args.h1 = h1.mutable_data_ptr();
-  args.c1 = has_c ? c1.mutable_data_ptr() : nullptr;
-  args.saved = shape.saved ? saved.mutable_data_ptr() : nullptr;
-  args.dh1 = pointer(dh1);
-  args.dc1 = pointer(dc1);
+  args.h = h.at(0);
+  args.c = c.at(0);
+  // What a forward writes.
+  args.h1 = const_cast<void*>(h1.at(0));
+  args.c1 = const_cast<void*>(c1.at(0));
+  args.saved = const_cast<void*>(saved.at(0));
+  args.dh1 = dh1.at(0);
+  args.dc1 = dc1.at(0);
   args.dgx = dgx.mutable_data_ptr();
   args.dgh = shape.splits_gates ? dgh.mutable_data_ptr() : nullptr;
   args.dh = shape.splits_gates ? dh.mutable_data_ptr() : nullptr;

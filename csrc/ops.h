@@ -18,14 +18,32 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// What one call runs: the directions of each model, one after the other. All have the same sizes.
+template <class Args>
+struct Models {
+  const Args* first;
+  int64_t count;
+  int directions;
+
+  Directions<Args> operator[](int64_t model) const {
+    return {first + model * directions, directions};
+  }
+};
+
 // `like` is of the io dtype, and where the call runs: what needs workspace allocates it there.
 struct Device {
-  void (*forward)(Directions<ForwardArgs>, const Tensor& like);
-  void (*backward)(Directions<BackwardArgs>, const Tensor& like);
+  void (*forward)(Models<ForwardArgs>, const Tensor& like);
+  void (*backward)(Models<BackwardArgs>, const Tensor& like);
   void (*step)(const StepArgs&, const Tensor& like);
   void (*step_backward)(const StepArgs&, const Tensor& like);
   int64_t algorithms;  // how many there are to choose among by number, from 1 on
 };
+
+// For a device that runs one model after the other.
+template <class Args, void (*kRun)(Directions<Args>, const Tensor&)>
+void in_turn(Models<Args> models, const Tensor& like) {
+  for (int64_t model = 0; model < models.count; ++model) kRun(models[model], like);
+}
 
 // What `make` allocates; where that fails, a sentence with words() that autograd.py knows.
 template <class Make, class Words>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,11 +11,9 @@ from torch import Tensor
 from .backends import cudnn, reference
 from .cells import Cell
 from .recompute import over as recomputing
+from .vmap import GRADS, INPUTS, KEPT, MASKS, innermost, lowered, vmapped
 
 ops = torch.ops.fused_rnn
-
-# What acts inside the loop beside the weights, in the order in which a layer's Function takes it.
-_MASKS = ("control", "rows", "h_mask", "keep")
 
 
 class How(NamedTuple):
@@ -22,17 +21,21 @@ class How(NamedTuple):
 
     Args:
         library: has the ops as attributes.
-        again: they are those of ``recompute.py``.
-        save: as the op's.
+        again: those of ``recompute.py`` run over them.
+        cells: keep the cell states also where nothing else needs them.
         last: the op's last arguments.
         dh_norm: what the backward fills with the norm of dL/dh of each step, or None.
     """
 
     library: Any
     again: bool
-    save: bool
+    cells: bool
     last: tuple[int, bool]
     dh_norm: Tensor | None = None
+
+    @property
+    def ops(self) -> Any:
+        return recomputing(self.library) if self.again else self.library
 
 
 def _call(op: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -63,25 +66,35 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dh, dc, dh_n, dc_n, _):
-        masks, inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:12], ctx.saved_tensors[12:]
-        grads, needs = (dh, dc, dh_n, dc_n), ctx.needs_input_grad[7:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            loop = {"reverse": ctx.reverse, **dict(zip(_MASKS, masks, strict=True))}
-            loop["dh_norm"] = ctx.how.dh_norm
-            found = _differentiable_backward(ctx.cell, inputs, grads, needs, loop)
-        else:
-            found = _backward(ctx.cell, inputs, grads, kept, needs, ctx.reverse, masks, ctx.how)
+        needs = ctx.needs_input_grad[7:]
+        # The op's gradients stand in the order of the inputs; its bits leave out the states'.
+        wanted = sum(bit for bit, need in zip(_BITS, needs, strict=True) if need)
+        saved, grads = ctx.saved_tensors, (dh, dc, dh_n, dc_n)
+        found = [*_run_backward(ctx.cell, ctx.reverse, ctx.how, wanted, *grads, *saved)]
+        for place in (5, 6):
+            if needs[place]:
+                found[place] = found[place].to(saved[len(MASKS) + place].dtype)
+        found = [dx if need else None for dx, need in zip(found, needs, strict=True)]
         return None, None, None, None, None, None, None, *found
+
+
+_BITS = (1, 2, 4, 8, 16, 0, 0, 32)
+_GIVEN = GRADS + MASKS + INPUTS
+_OF_BACKWARD = _GIVEN + KEPT
+
+
+def _differs(wanted: int) -> bool:
+    """Whether there are gradients of weights among the wanted: each member of a vmap has its own,
+    whether it shares the weights or not."""
+    return bool(wanted & (2 | 4 | 8 | 16 | 32))
 
 
 class _LayerInTransform(_Layer):
     """The form that ``torch.func`` asks for; its ``apply`` takes 200 us to bind the arguments."""
 
     @staticmethod
-    def forward(cell: Cell, reverse: bool, how, control, rows, h_mask, keep, *inputs):
-        options = (control, rows, inputs[-1], h_mask, keep)
-        op = how.library.layer
-        return _call(op, cell.id, *inputs[:-1], reverse, how.save, *options, *how.last)
+    def forward(cell: Cell, reverse: bool, how, *tensors):
+        return _forward(cell, reverse, how, how.cells or not how.again, *tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -91,40 +104,56 @@ class _LayerInTransform(_Layer):
         ctx.mark_non_differentiable(saved, *(() if ctx.cell.states == 2 else (c, c_n)))
         ctx.save_for_backward(*tensors, *(() if ctx.how.again else (h, c)), saved)
 
-
-def _backward(cell: Cell, inputs, grads, kept, needs, reverse, masks, how):
-    x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = inputs
-    if how.again:
-        kept = (b_ih, b_hh, *kept)
-    # The op's gradients stand in the order of the inputs; its bits leave out the states'.
-    bits = (1, 2, 4, 8, 16, 0, 0, 32)
-    wanted = sum(bit for bit, need in zip(bits, needs, strict=True) if need)
-    if how.dh_norm is not None:
-        wanted |= 64
-    control, rows, h_mask, keep = masks
-    options = (reverse, control, rows, w_hr, h_mask, keep)
-    inputs = (x, w_ih, w_hh, h0, c0)
-    arguments = (cell.id, wanted, *grads, *kept, *inputs, *options, *how.last)
-    *found, dh_norm = _call(how.library.layer_backward, *arguments)
-    if how.dh_norm is not None:
-        how.dh_norm.copy_(dh_norm)
-    if needs[5]:
-        found[5] = found[5].to(h0.dtype)
-    if needs[6]:
-        found[6] = found[6].to(c0.dtype)
-    return tuple(dx if need else None for dx, need in zip(found, needs, strict=True))
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, cell: Cell, reverse: bool, how, *tensors):
+        call = partial(_run, cell, reverse, how)
+        return vmapped(call, info.batch_size, MASKS + INPUTS, tensors, in_dims[3:])
 
 
-def _differentiable_backward(cell: Cell, inputs, grads, needs, loop):
-    """The same gradients as a graph, for a second derivative: from the reference's own graph.
+class _LayerBackward(torch.autograd.Function):
+    """The gradients of a layer. Their own are those of the reference's graph."""
 
-    Differentiated are aliases of the inputs, so that an input computed from another one does not
-    count twice.
-    """
-    aliases: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
-    x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = aliases
-    outputs = reference.layer(cell, x, w_hh, b_hh, h0, c0, w_ih=w_ih, b_ih=b_ih, w_hr=w_hr, **loop)
-    return _gradients(outputs, grads, aliases, needs)
+    @staticmethod
+    def forward(ctx: Any, *inputs):
+        outputs = _LayerBackwardInTransform.forward(*inputs)
+        _LayerBackwardInTransform.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *ddx):
+        masks = dict(zip(MASKS, ctx.saved_tensors[4:8], strict=True))
+        given = (*ctx.saved_tensors[:4], *ctx.saved_tensors[8:])
+        needs = (*ctx.needs_input_grad[4:8], *ctx.needs_input_grad[12:20])
+        wanted = [y is not None for y in ddx]
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            grads, inputs = _split(map(_alias, given))
+            outputs = _reference(ctx.cell, ctx.reverse, masks, inputs)
+            first = _gradients(outputs, grads, inputs, wanted)
+            second = _gradients(first, ddx, (*grads, *inputs), needs, create_graph=create_graph)
+        grads, inputs = _split(second)
+        kept = (None,) * len(ctx.needs_input_grad[20:])
+        return None, None, None, None, *grads, None, None, None, None, *inputs, *kept
+
+
+class _LayerBackwardInTransform(_LayerBackward):
+    """As :class:`_LayerInTransform`."""
+
+    @staticmethod
+    def forward(cell: Cell, reverse: bool, how, wanted: int, *tensors):
+        return _backward(cell, reverse, how, wanted, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.cell, ctx.reverse, _, _, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[: len(_GIVEN)])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, cell: Cell, reverse: bool, how, wanted: int, *tensors):
+        call = partial(_run_backward, cell, reverse, how, wanted)
+        apart = _differs(wanted)
+        return vmapped(call, info.batch_size, _OF_BACKWARD, tensors, in_dims[4:], apart=apart)
 
 
 class _Step(torch.autograd.Function):
@@ -170,19 +199,101 @@ def in_transform() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _forward(
+    cell, reverse, how, save,
+    control, rows, h_mask, keep, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr,
+):  # fmt: skip
+    inputs, options = (x, w_ih, b_ih, w_hh, b_hh, h0, c0), (control, rows, w_hr, h_mask, keep)
+    return _call(how.ops.layer, cell.id, *inputs, reverse, save, *options, *how.last)
+
+
+def _backward(
+    cell, reverse, how, wanted, dh, dc, dh_n, dc_n,
+    control, rows, h_mask, keep, x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr, *kept,
+):  # fmt: skip
+    if how.again:
+        kept = (b_ih, b_hh, *kept)
+    if how.dh_norm is not None:
+        wanted |= 64
+    given, options = (dh, dc, dh_n, dc_n, *kept), (control, rows, w_hr, h_mask, keep)
+    inputs = (x, w_ih, w_hh, h0, c0)
+    arguments = (cell.id, wanted, *given, *inputs, reverse, *options, *how.last)
+    *found, dh_norm = _call(how.ops.layer_backward, *arguments)
+    if how.dh_norm is not None:
+        how.dh_norm.copy_(dh_norm)
+    return tuple(found)
+
+
+def _run(cell: Cell, reverse: bool, how, *tensors):
+    """The op, in the form that whoever differentiates or transforms it asks for."""
+    if in_transform():
+        if innermost():
+            return lowered(partial(_run, cell, reverse, how), MASKS + INPUTS, tensors)
+        return _LayerInTransform.apply(cell, reverse, how, *tensors)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Layer.apply(cell, reverse, how, *tensors)
+    return _forward(cell, reverse, how, how.cells, *tensors)
+
+
+def _run_backward(cell: Cell, reverse: bool, how, wanted: int, *tensors):
+    if in_transform():
+        if how.again:  # no rule tells a transform of parts: all steps are computed again at once
+            how, tensors = how._replace(again=False, cells=True), tensors[: len(_GIVEN)]
+            h, c, _, _, saved = _run(cell, reverse, how, *tensors[len(GRADS) :])
+            tensors += h, c, saved
+        if innermost():
+            call, apart = partial(_run_backward, cell, reverse, how, wanted), _differs(wanted)
+            return lowered(call, _OF_BACKWARD, tensors, apart=apart)
+        return _LayerBackwardInTransform.apply(cell, reverse, how, wanted, *tensors)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _LayerBackward.apply(cell, reverse, how, wanted, *tensors)
+    return _backward(cell, reverse, how, wanted, *tensors)
+
+
+def _reference(cell: Cell, reverse: bool, masks: dict[str, Any], inputs):
+    """The reference's graph of the op, where there are models one for each."""
+    x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr = inputs
+    if w_hh.dim() == 2:
+        loop = {"w_ih": w_ih, "b_ih": b_ih, "w_hr": w_hr, "reverse": reverse, **masks}
+        return reference.layer(cell, x, w_hh, b_hh, h0, c0, **loop)
+
+    def each(y):
+        return (None,) * w_hh.size(0) if y is None else y.unbind()
+
+    models = zip(*map(each, (*masks.values(), *inputs)), strict=True)
+    n = len(MASKS)
+    found = [_reference(cell, reverse, dict(zip(MASKS, m[:n], strict=True)), m[n:]) for m in models]
+    return [None if y[0] is None else torch.stack(y) for y in zip(*found, strict=True)]
+
+
+def _alias(x):
+    """``x`` as a tensor of its own, so that one computed from another one does not count twice."""
+    if x is None or x.requires_grad:
+        return x if x is None else x.view_as(x)
+    return x.detach().requires_grad_()
+
+
+def _split(tensors):
+    tensors = tuple(tensors)
+    return tensors[: len(GRADS)], tensors[len(GRADS) :]
+
+
 def _differentiable_step_backward(cell: Cell, inputs, grads, needs):
     aliases: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
     gx, gh, h, c = aliases
     return _gradients(cell.step(gx, gh, (h, c)[: cell.states]), grads, aliases, needs)
 
 
-def _gradients(outputs, grads, inputs, needs) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of ``outputs`` at the inputs that need one."""
+def _gradients(outputs, grads, inputs, needs, *, create_graph=True) -> tuple[Tensor | None, ...]:
+    """Gradients of ``outputs`` at the inputs that need one, differentiable where asked."""
     pairs = zip(outputs, grads, strict=False)
     used = [(y, dy) for y, dy in pairs if y is not None and dy is not None]
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    if not used or not wanted:
+        return (None,) * len(needs)
     ys, dys = [y for y, _ in used], [dy for _, dy in used]
-    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=True, allow_unused=True))
+    options = {"create_graph": create_graph, "allow_unused": True}
+    found = iter(torch.autograd.grad(ys, wanted, dys, **options))
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -249,17 +360,8 @@ def layer(
     """
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0, w_hr)
     library, last = library or ops, (algorithm, x.is_cuda and cudnn.allows_tf32())
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        function = _LayerInTransform if in_transform() else _Layer
-        how = How(library, False, True, last, dh_norm)
-        if recompute:
-            how = How(recomputing(library), True, cells, last, dh_norm)
-        masks = (control, rows, h_mask, keep)
-        h, c, h_n, c_n, _ = function.apply(cell, reverse, how, *masks, *tensors)
-    else:
-        options = (control, rows, w_hr, h_mask, keep)
-        h, c, h_n, c_n, _ = _call(
-            library.layer, cell.id, *tensors[:-1], reverse, cells, *options, *last
-        )
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    how = How(library, recompute and grad, cells, last, dh_norm)
+    h, c, h_n, c_n, _ = _run(cell, reverse, how, control, rows, h_mask, keep, *tensors)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None

@@ -131,7 +131,7 @@ def rnn(
         clean = chosen.NAME != "cpu" or isinstance(cell, NormCell)
         input = loop.input(input, clean=clean)
     keywords: dict[str, Any] = algorithm(backend)
-    if "recompute" in problem.options and not problem.transformed:
+    if "recompute" in problem.options and not (problem.transformed or problem.vmapped):
         keywords["recompute"] = True
     finals: list[States] = []
     for first in range(0, len(weights), problem.directions):
@@ -436,6 +436,7 @@ def describe(
     w = weights[0]
     directions = 2 if bidirectional else 1
     asked = () if options is None else options.asked
+    transformed, vmapped = transforms()
     return Problem(
         cell=cell.name,
         dtype=autocast_dtype(input) or input.dtype,
@@ -451,7 +452,8 @@ def describe(
         and (any(map(needs_grad, weights)) or needs_grad((input, *(states or ())))),
         packed=packed,
         compiling=is_compiling(),
-        transformed=is_transformed(),
+        transformed=transformed,
+        vmapped=vmapped,
         options=(*asked, "layer_norm") if isinstance(cell, NormCell) else asked,
         ordinal=input.device.index or 0,
     )
@@ -461,6 +463,7 @@ def describe_step(
     cell: Cell, input: Tensor, states: States | None, weights: CellWeights
 ) -> Problem:
     """What :func:`step` asks of a backend: a problem of no steps."""
+    transformed, vmapped = transforms()
     return Problem(
         cell=cell.name,
         dtype=autocast_dtype(input) or input.dtype,
@@ -475,23 +478,25 @@ def describe_step(
         grad=needs_grad((input, *(states or ()), *weights)),
         packed=False,
         compiling=is_compiling(),
-        transformed=is_transformed(),
+        transformed=transformed,
+        vmapped=vmapped,
         ordinal=input.device.index or 0,
     )
 
 
-def is_transformed() -> bool:
-    """Whether forward-mode AD or a ``torch.func`` transform has to see each operation.
+def transforms() -> tuple[bool, bool]:
+    """What is done with each operation: whether it has to be seen by forward-mode AD or by nested
+    transforms of ``torch.func``, and whether ``vmap`` runs it for many at once.
 
     One level of ``torch.func.grad`` is an ordinary backward.
     """
     if is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        return True
-    stack = get_interpreter_stack()
-    plain = torch._C._functorch.TransformType.Grad
-    return stack is not None and not (len(stack) == 1 and stack[0].key() == plain)
+        return False, False
+    stack = get_interpreter_stack() or ()
+    kinds, kind = [interpreter.key() for interpreter in stack], torch._C._functorch.TransformType
+    vmapped, grads = kinds.count(kind.Vmap), kinds.count(kind.Grad)
+    seen = forward_ad._current_level >= 0 or grads > 1 or vmapped + grads < len(kinds)
+    return seen, vmapped > 0
 
 
 def needs_grad(tensors: Iterable[Tensor | None]) -> bool:

@@ -127,15 +127,16 @@ def fake_layer(
     options = {"control": control, "rows": rows, "h_mask": h_mask, "keep": keep}
     _one_device("x", x.device, **weights, h0=h0, c0=c0, **options)
     spec = _BY_ID[cell]
-    hidden, width = w_hh.shape[0] // spec.gates, w_hh.shape[1]
-    lead, batch = x.shape[:-1], (x if rows is None else rows).shape[1]
+    *models, gates, width = w_hh.shape
+    hidden, lead = gates // spec.gates, x.shape[:-1]
+    batch = (*models, (x if rows is None else rows).shape[len(models) + 1])
     carry = carry_dtype(x.dtype)
     has_c = spec.states == 2
     return (
         x.new_empty((*lead, width)),
         x.new_empty((*lead, hidden) if has_c and save else (0,)),
-        x.new_empty((batch, width), dtype=carry),
-        x.new_empty((batch, hidden) if has_c else (0,), dtype=carry),
+        x.new_empty((*batch, width), dtype=carry),
+        x.new_empty((*batch, hidden) if has_c else (0,), dtype=carry),
         x.new_empty((*lead, spec.saved * hidden) if save and spec.saved else (0,)),
     )
 
@@ -169,8 +170,9 @@ def fake_layer_backward(
     options = {"control": control, "rows": rows, "h_mask": h_mask, "keep": keep}
     _one_device("x", x.device, **grads, **inputs, h=h, c=c, saved=saved, **options)
     spec = _BY_ID[cell]
-    gates, width = w_hh.shape
-    hidden, batch = gates // spec.gates, (x if rows is None else rows).shape[1]
+    *models, gates, width = w_hh.shape
+    hidden = gates // spec.gates
+    batch = (*models, (x if rows is None else rows).shape[len(models) + 1])
     carry = carry_dtype(x.dtype)
 
     def gradient(bit: int, exists: bool, shape: tuple[int, ...], dtype: Any = None) -> Tensor:
@@ -178,13 +180,13 @@ def fake_layer_backward(
 
     return (
         gradient(1, True, x.shape),
-        gradient(2, w_ih is not None, (gates, x.shape[-1])),
-        gradient(4, w_ih is not None, (gates,)),
-        gradient(8, True, (gates, width)),
-        gradient(16, True, (gates,)),
-        x.new_empty((batch, width), dtype=carry),
-        x.new_empty((batch, hidden) if spec.states == 2 else (0,), dtype=carry),
-        gradient(32, w_hr is not None, (width, hidden)),
+        gradient(2, w_ih is not None, (*models, gates, x.shape[-1])),
+        gradient(4, w_ih is not None, (*models, gates)),
+        gradient(8, True, (*models, gates, width)),
+        gradient(16, True, (*models, gates)),
+        x.new_empty((*batch, width), dtype=carry),
+        x.new_empty((*batch, hidden) if spec.states == 2 else (0,), dtype=carry),
+        gradient(32, w_hr is not None, (*models, width, hidden)),
         gradient(64, True, x.shape[:-1], carry),
     )
 

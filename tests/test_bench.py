@@ -19,6 +19,15 @@ from fused_rnn.bench.measure import Bench, Point
 from fused_rnn.bench.providers import Provider, find
 
 TINY = workloads.Workload("tiny", "gru", I=3, H=5, T=4, N=2, mode="train")
+TASKS = [
+    replace(TINY, name=name, cell="lstm", task=name, **more)
+    for name, more in {
+        "episodes": {"reset": 0.3},
+        "ragged": {"lengths": "uniform"},
+        "ensemble": {"models": 3},
+        "stream": {"mode": "infer"},
+    }.items()
+]
 TINY_GRID = ["--grid", "T=3", "N=2", "H=4", "--least", "1", "--budget", "0"]
 
 
@@ -70,6 +79,81 @@ def test_every_provider_gives_rows_of_its_results(w, dtype):
             assert row.ratio is not None
         assert found["torch"].ratio == 1
         assert found["loop"].backend == "reference"
+
+
+@pytest.mark.parametrize("w", TASKS, ids=lambda w: w.name)
+def test_a_task_is_the_same_for_all_and_done_in_three_ways(w):
+    """What is timed is right, in each way; and each way is what its name says."""
+    names = ["fused_rnn", "plain", "torch", "loop"]
+    harness, calls = bench(*names, input_gradient=True), {}
+
+    def counted(module, *_):
+        calls[type(module).__module__, type(module).__name__] = (
+            calls.get((type(module).__module__, type(module).__name__), 0) + 1
+        )
+
+    for kind in w.passes:
+        found = harness.rows(Point(w, "float32", kind), 0.0, 1)
+        assert [(row.provider, row.status, row.task) for row in found] == [
+            (name, "ok", w.name) for name in names
+        ]
+        backends = {row.provider: row.backend for row in found}
+        assert backends["torch"] == "torch.nn"
+        assert backends["loop"] == "reference" or w.name == "stream"
+        assert all(row.error is not None for row in found if row.provider != "torch")
+    for entry in harness.entries[w, "float32"]:
+        calls.clear()
+        with nn.modules.module.register_module_forward_hook(counted):
+            case = entry.provider.case(w, torch.float32, "cpu")
+            case.forward()
+        inner = {kind: count for kind, count in calls.items() if "bench" not in kind[0]}
+        assert inner == CALLED[w.name, entry.name]
+
+
+OURS, CELL, THEIRS = (
+    ("fused_rnn.modules", "LSTM"),
+    ("fused_rnn.cell_modules", "LSTMCell"),
+    "torch.nn.modules.rnn",
+)
+CALLED = {
+    ("episodes", "torch"): {(THEIRS, "LSTM"): TINY.T},
+    ("ragged", "torch"): {(THEIRS, "LSTM"): 1},
+    ("ensemble", "torch"): {(THEIRS, "LSTM"): 3},
+    ("stream", "torch"): {(THEIRS, "LSTMCell"): TINY.T},
+    ("ensemble", "plain"): {OURS: 3},
+    ("stream", "plain"): {CELL: TINY.T},
+    ("stream", "fused_rnn"): {},  # step is no forward
+    ("stream", "loop"): {},
+}
+CALLED |= {
+    (w.name, name): {OURS: 1}
+    for w in TASKS
+    for name in ("fused_rnn", "plain", "loop")
+    if (w.name, name) not in CALLED
+}
+
+
+def test_a_wrong_task_is_found(monkeypatch):
+    class Wrong(workloads.Episodes):
+        def forward(self, input, hx=None):
+            return self.rnn(input, hx)
+
+    monkeypatch.setattr(workloads, "Episodes", Wrong)
+    harness = bench("fused_rnn", "torch")
+    entry = measure.Entry(harness.providers[0])
+    w = replace(TASKS[0])
+    entry.case = entry.provider.case(w, torch.float32, "cpu")
+    monkeypatch.undo()
+    harness.check(w, "float32", [entry])
+    assert entry.status.startswith("wrong: fused_rnn: output")
+
+
+def test_providers_say_what_tasks_they_do_not_do():
+    assert "no task" in find("plain").refusal(TINY)
+    for w in TASKS:
+        assert find("plain").refusal(w) is None
+        for name in ("torch:packed", "torch.compile"):
+            assert find(name).refusal(w)
 
 
 def test_a_wrong_provider_is_not_timed_and_the_others_are():
@@ -291,6 +375,7 @@ def test_the_command_fails_where_a_row_is_wrong(tmp_path, capsys, monkeypatch):
         (["--pass", "backward"], "unknown 'backward': expected one of forward, train, step"),
         (["--providers", "magic"], "unknown provider 'magic'"),
         (["--workload", "nosuch"], "there is no workload 'nosuch'"),
+        (["--today", "--workload", "gru-step"], "there is no workload 'gru-step'"),
         (["--grid", "Q=1"], "'Q=1' is no axis"),
         (["--threads", "4096"], "this process may use"),
         (["--workload", "silero-vad", "--pass", "train"], "nothing is left to measure"),

@@ -20,6 +20,7 @@ from fused_rnn.bench.rows import Provenance, Row, Writer, read
 from fused_rnn.bench.timing import Turn
 
 LOADED = workloads.load()
+TODAY = workloads.load(workloads.TODAY)
 ORIGIN = Provenance(
     date="2026-01-02T03:04:05+00:00",
     commit="0123456789ab",
@@ -78,6 +79,30 @@ def write(path: Path, *rows: Row) -> Path:
     return path
 
 
+def test_every_task_is_a_small_workload():
+    assert {w.task for w in TODAY} == set(workloads.TASKS)
+    assert workloads.select(TODAY) == (TODAY, {})
+    by_task = {w.task: w for w in TODAY}
+    assert by_task["ensemble"].models == 16
+    assert (by_task["stream"].N, by_task["stream"].H) == (1, 128)
+    for w in TODAY:
+        if w.task == "episodes":
+            assert w.reset == 0.01
+            assert int(w.resets().sum()) == round(0.01 * w.T * w.N) > 0
+
+
+def test_a_task_counts_all_of_its_models_and_plain_all_steps():
+    w = replace(check.PLAIN, task="ensemble", models=3)
+    for input_gradient in (False, True):
+        options = {"input_gradient": input_gradient}
+        one = replace(w, task=None, models=1).gflop("train", **options)
+        assert w.gflop("train", **options) == pytest.approx(3 * one)
+    ragged = replace(w, task="ragged", models=1, lengths="uniform")
+    dense = replace(ragged, task=None, lengths=None)
+    assert replace(ragged, plain=True).gflop("train") == dense.gflop("train")
+    assert ragged.gflop("train") < dense.gflop("train")
+
+
 @pytest.mark.parametrize("w", LOADED, ids=lambda w: w.name)
 def test_workload_file_gives_modules_of_its_shapes(w):
     module = workloads.make_module(nn, replace(w, I=3, H=4))
@@ -115,6 +140,8 @@ def test_select_by_name_ignores_size_and_all_takes_everything():
         ({"mode": "fit"}, "unknown mode 'fit'"),
         ({"lengths": "short"}, "unknown lengths 'short'"),
         ({"mode": "step", "T": 2}, "a step is one layer"),
+        ({"task": "translate"}, "one of .*'ensemble'.* not 'translate'"),
+        ({"task": "ensemble", "cell": "gru"}, "an LSTM and one of"),
     ],
 )
 def test_wrong_workloads_are_refused(change, message):
@@ -327,6 +354,20 @@ def test_report_replaces_only_what_stands_between_its_markers(tmp_path):
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="needs one line"):
         report.update(readme, "table")
+
+
+def test_report_has_a_table_of_tasks_where_there_are_any(tmp_path):
+    ours = replace(ROW, workload="ensemble-64", task="ensemble")
+    theirs = replace(ours, provider="torch", p50_ms=4.5)
+    plain = replace(ours, provider="plain", p50_ms=2.5)
+    text = report.table(write(tmp_path / "rows.csv", ours, theirs, plain))
+    assert (
+        "| ensemble-64 | lstm T128 N16 I64 H64 L1 D1 | train | loop over the models "
+        "| loop over ours | 4.5 | 2.5 | 2 | **2.25×** | 0.80 |"
+    ) in text
+    assert text.count("ensemble-64") == 1
+    for some in ([ours, theirs], [ours, plain], [replace(ours, p50_ms=None), theirs, plain]):
+        assert report.TODAY_WORDS not in report.table(write(tmp_path / "rows.csv", *some))
 
 
 def test_character_model_learns_the_same_from_the_same():

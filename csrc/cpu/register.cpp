@@ -2,6 +2,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -64,12 +66,16 @@ void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* con
   });
 }
 
-Schedule schedule_of(const Layer& layer, int64_t gates) {
-  const double flops =
-      2.0 * double(layer.T) * double(layer.N) * double(layer.R) * double(layer.H) * double(gates);
+// As many threads as so many layers are worth.
+int64_t workers_for(const Layer& layer, int64_t gates, int64_t count) {
+  const double flops = 2.0 * double(count) * double(layer.T) * double(layer.N) * double(layer.R) *
+                       double(layer.H) * double(gates);
   const double useful = 1 + flops / kFlopsPerThread;
-  int64_t workers = torch::stable::get_num_threads();
-  if (double(workers) > useful) workers = int64_t(useful);
+  const int64_t threads = torch::stable::get_num_threads();
+  return double(threads) > useful ? int64_t(useful) : threads;
+}
+
+Schedule schedule_of(const Layer& layer, int64_t workers) {
   const int64_t sum_steps = kSumRows > layer.N ? kSumRows / layer.N : 1;
   int64_t steps = sum_steps * (workers == 1 ? kSumsAlone : kSumsTogether * workers);
   if (steps > layer.T) steps = layer.T;
@@ -88,29 +94,46 @@ struct Memory {
   Memory& operator=(const Memory&) = delete;
 };
 
+// Where there are layers for all threads, each runs on one of them.
 template <class Args>
-void run(const Loop<Args>& loop, const Args& args, const CellShape& cell) {
-  const Schedule schedule = schedule_of(args, cell.gates);
-  const Memory memory(loop.bytes(args, schedule));
-  loop.run(args, schedule, memory.data);
+void run(const Loop<Args>& loop, const Args* layers, int64_t count, const CellShape& cell) {
+  const int64_t threads = workers_for(layers[0], cell.gates, count);
+  const bool apart = count > 1 && count >= threads;
+  const Schedule schedule =
+      schedule_of(layers[0], apart ? 1 : workers_for(layers[0], cell.gates, 1));
+  size_t bytes = 0;
+  for (int64_t i = 0; i < count; ++i) bytes = std::max(bytes, loop.bytes(layers[i], schedule));
+  bytes = (bytes + 63) / 64 * 64;
+  const int64_t shares = apart ? threads : 1;
+  const Memory memory(bytes * size_t(shares));
+  const auto share = [&](int64_t k) {
+    for (int64_t i = k * count / shares; i < (k + 1) * count / shares; ++i)
+      loop.run(layers[i], schedule, memory.data + bytes * size_t(k));
+  };
+  using Share = decltype(share);
+  if (apart)
+    parallel(
+        shares, [](const void* run, int64_t k) { (*static_cast<const Share*>(run))(k); }, &share);
+  else
+    share(0);
 }
 
-void forward(Directions<ForwardArgs> directions, const Tensor& like) {
-  for (const ForwardArgs& args : directions)
-    run(best_kernels(scalar_of(like.scalar_type())).forward[args.cell], args,
-        kCellShapes[args.cell]);
+void forward(Models<ForwardArgs> models, const Tensor& like) {
+  const int cell = models.first->cell;
+  run(best_kernels(scalar_of(like.scalar_type())).forward[cell], models.first,
+      models.count * models.directions, kCellShapes[cell]);
 }
-void backward(Directions<BackwardArgs> directions, const Tensor& like) {
-  for (const BackwardArgs& args : directions)
-    run(best_kernels(scalar_of(like.scalar_type())).backward[args.cell], args,
-        kCellShapes[args.cell]);
+void backward(Models<BackwardArgs> models, const Tensor& like) {
+  const int cell = models.first->cell;
+  run(best_kernels(scalar_of(like.scalar_type())).backward[cell], models.first,
+      models.count * models.directions, kCellShapes[cell]);
 }
 void norm_forward(const NormForwardArgs& args, const Tensor& like) {
-  run(best_kernels(scalar_of(like.scalar_type())).norm_forward[args.cell], args,
+  run(best_kernels(scalar_of(like.scalar_type())).norm_forward[args.cell], &args, 1,
       kNormCellShapes[args.cell]);
 }
 void norm_backward(const NormBackwardArgs& args, const Tensor& like) {
-  run(best_kernels(scalar_of(like.scalar_type())).norm_backward[args.cell], args,
+  run(best_kernels(scalar_of(like.scalar_type())).norm_backward[args.cell], &args, 1,
       kNormCellShapes[args.cell]);
 }
 

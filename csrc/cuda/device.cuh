@@ -153,8 +153,8 @@ struct Ops {
       machine.launch(one_step<decltype(cell), decltype(scalar), kBackward>, args.H, args.N, args);
     });
   }
-  static constexpr Device kDevice = {forward, backward, step<false>, step<true>,
-                                     std::size(kAlgorithms)};
+  static constexpr Device kDevice = {in_turn<ForwardArgs, forward>, in_turn<BackwardArgs, backward>,
+                                     step<false>, step<true>, std::size(kAlgorithms)};
 };
 
 }  // namespace fused_rnn::cuda

@@ -50,12 +50,13 @@ class Problem(NamedTuple):
         grad: a backward may follow.
         packed: rows are compact, as in a ``PackedSequence``.
         compiling: ``torch.compile`` or ``torch.export`` is tracing.
-        transformed: forward-mode AD or a ``torch.func`` transform has to see each operation.
+        transformed: forward-mode AD or nested ``torch.func`` transforms have to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep`` (the op's),
             ``keep_share`` (``keep`` as shares), ``cell_states`` (c over time), ``last_step``
             (alone), ``reverse`` (as the only direction), ``jagged`` (input), ``layer_norm``,
             ``recompute``, ``gradient_flow``.
         ordinal: which of the devices of that type.
+        vmapped: ``torch.func.vmap`` runs it, for many at once.
     """
 
     cell: str
@@ -74,6 +75,7 @@ class Problem(NamedTuple):
     transformed: bool = False
     options: tuple[str, ...] = ()
     ordinal: int = 0
+    vmapped: bool = False
 
 
 # In the order in which they are asked and explained.
@@ -195,6 +197,11 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
         return backend, "asked for"
     if problem.transformed:
         return reference, "a transform has to see each operation"
+    if problem.vmapped:
+        for backend in (cpu, cuda):
+            if refusal(backend, problem) is None:
+                return backend, "its op runs what vmap stacks in one call"
+        return reference, "vmap runs each of its operations for all at once"
     if refusal(cpu, problem) is None:
         if (
             problem.compiling

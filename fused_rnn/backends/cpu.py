@@ -51,7 +51,10 @@ def cannot_compute(problem: Problem) -> str | None:
     if problem.dtype not in _DTYPES:
         return f"it computes in float32, float64, bfloat16 and float16, not {problem.dtype}"
     if problem.transformed:
-        return "forward-mode AD and torch.func transforms have to see each operation"
+        return "forward-mode AD and nested torch.func transforms have to see each operation"
+    if problem.vmapped and (problem.T == 0 or "layer_norm" in problem.options):
+        what = "a single step of it" if problem.T == 0 else "its loops with layer norms"
+        return f"torch.func.vmap has no rule for {what}"
     if "keep_share" in problem.options and problem.grad:
         return "zoneout has a backward in training only, where it draws a mask"
     if {"layer_norm", "gradient_flow"} <= {*problem.options}:

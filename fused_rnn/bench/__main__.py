@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--workload", type=names, default=[], metavar="A,B", help="names or patterns (lstm-*)")
     add("--all", action="store_true", help="the large workloads too")
+    add("--today", action="store_true", help="tasks of today.py instead (providers: plain, too)")
     add(
         "--grid",
         nargs="+",
@@ -96,7 +97,9 @@ def chosen(arguments: argparse.Namespace) -> tuple[list[Point], dict[str, str]]:
         found = workloads.grid(cells, arguments.grid, arguments.kinds)
     else:
         found, left_out = workloads.select(
-            workloads.load(), only=arguments.workload, everything=arguments.all
+            workloads.load(workloads.TODAY if arguments.today else workloads.FILE),
+            only=arguments.workload,
+            everything=arguments.all,
         )
         found = [w for w in found if not arguments.cell or w.cell in arguments.cell]
     threads = sorted({int(count) for count in arguments.threads})

@@ -143,6 +143,7 @@ class Bench:
                 status=entry.status,
                 error=entry.error,
                 input_gradient=self.input_gradient,
+                task=point.workload.task or "",
             )
             for entry in entries
         ]
@@ -162,7 +163,9 @@ class Bench:
                     case = entry.provider.case(w, DTYPES[dtype].dtype, self.device)
                     entry.case = replace(case, input_gradient=self.input_gradient)
         if before is None:
-            self.check(w, dtype, [e for e in entries if e.case and not e.provider.is_torch])
+            ours = [e for e in entries if e.case and not e.provider.is_torch]
+            for what in dict.fromkeys(e.provider.workload(w) for e in ours):
+                self.check(what, dtype, [e for e in ours if e.provider.workload(w) == what])
             self.entries[w, dtype] = entries
         return entries
 
@@ -235,7 +238,7 @@ class Bench:
         self, point: Point, samples: dict[str, list[float]], entry: Entry
     ) -> dict[str, Any]:
         """The columns that come from a point's samples, and what they are measured by."""
-        w, rates = point.workload, self.rates[point.threads]
+        w, rates = entry.provider.workload(point.workload), self.rates[point.threads]
         gflop = w.gflop(point.kind, input_gradient=self.input_gradient)
         size = DTYPES[point.dtype].dtype.itemsize
         mbyte = w.mbyte(point.kind, size, input_gradient=self.input_gradient)

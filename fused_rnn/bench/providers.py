@@ -21,6 +21,7 @@ KNOWN = (
     "torch:packed",
     "torch.compile",
     "loop",
+    "plain",
     *PEERS,
 )
 MOST_COMPILED_STEPS = 64
@@ -37,6 +38,7 @@ class Provider:
         options: further arguments of its classes.
         packs: input is packed, also where the workload's is not.
         compiles: modules go through ``torch.compile``.
+        plain: a task is done in torch.nn's way, with other modules.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Provider:
     options: dict[str, Any] = field(default_factory=dict)
     packs: bool = False
     compiles: bool = False
+    plain: bool = False
 
     @property
     def is_torch(self) -> bool:
@@ -51,20 +54,28 @@ class Provider:
 
     def refusal(self, w: Workload) -> str | None:
         """Why ``w`` is not run, or None."""
-        if self.packs and w.mode == "step":
-            return "a single step has nothing to pack"
-        if "recompute" in self.options and w.mode == "step":
-            return "a single step has nothing to compute again"
+        if self.packs and (w.mode == "step" or w.task):
+            return f"{'a single step' if w.mode == 'step' else 'this'} has nothing to pack"
+        if "recompute" in self.options and (w.mode == "step" or w.task):
+            return f"{'a single step' if w.mode == 'step' else 'this'} has nothing to compute again"
+        if self.compiles and w.task:
+            return "what people write is compared as they write it"
+        if self.plain and not w.task:
+            return "there is no task to do in torch.nn's way"
         if self.compiles and w.T > MOST_COMPILED_STEPS:
             return f"compiling {w.T} steps takes too long; {MOST_COMPILED_STEPS} are the most"
         return None
 
+    def workload(self, w: Workload) -> Workload:
+        """What is run where ``w`` is asked for."""
+        if self.packs and w.lengths is None:
+            return replace(w, lengths="full")
+        return replace(w, plain=True) if self.plain else w
+
     def case(self, w: Workload, dtype: torch.dtype, device: str) -> Case:
         """``w`` to run; the values are the same for all providers."""
-        if self.packs and w.lengths is None:
-            w = replace(w, lengths="full")
         case = make_cases(
-            w,
+            self.workload(w),
             {self.name: self.namespace},
             dtype,
             options={self.name: self.options},
@@ -81,7 +92,11 @@ class Provider:
         if self.namespace is not fused_rnn:
             backend = "torch.nn" if self.is_torch else self.name
             return {"requested": requested, "backend": backend, "algorithm": ""}
-        found = fused_rnn.explain(case.module, case.input, case.states)
+        module: Any = case.module
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            found = fused_rnn.explain(module, case.input, case.states)
+        else:  # a task of today.py
+            found = module.explain(case.data)
         algorithm = found.algorithm.splitlines()[0]
         return {"requested": requested, "backend": found.backend, "algorithm": algorithm}
 
@@ -98,6 +113,8 @@ def find(name: str) -> Provider:
         return Provider(name, fused_rnn, {"backend": backend or "auto"})
     if name == "recompute":
         return Provider(name, fused_rnn, {"recompute": True})
+    if name == "plain":
+        return Provider(name, fused_rnn, plain=True)
     if name in ("torch", "torch:packed"):
         return Provider(name, nn, packs=name != "torch")
     if name in ("loop", "torch.compile"):

@@ -81,7 +81,8 @@ class Row(Line):
     where the calibration says that the threads were not cores; ``status`` is ``ok`` or why there is
     no time. ``roofline`` is the least time that the machine's product and copy rates, measured in
     the same run, allow the call's ``gflop`` and ``mbyte``, as a share of ``p50_ms``; ``error`` the
-    largest error of any result as a share of what is allowed."""
+    largest error of any result as a share of what is allowed; ``task`` one of ``today.py``: then
+    torch.nn's row is what people write."""
 
     workload: str
     cell: str
@@ -114,6 +115,7 @@ class Row(Line):
     sync_us: float | None = None
     error: float | None = None
     input_gradient: bool = False
+    task: str = ""
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from .today import TASKS, Ensemble, Episodes, Ragged, Stream, together
+
 FILE = Path(__file__).with_name("workloads.toml")
+TODAY = FILE.with_name("today.toml")
 GATES = {"rnn_tanh": 1, "rnn_relu": 1, "lstm": 4, "gru": 3}
 LENGTHS = (None, "full", "uniform", "zipf")
 PASSES = {"train": ("forward", "train"), "infer": ("forward",), "step": ("step",)}
@@ -36,7 +39,9 @@ class Workload:
     ``mode`` is ``"train"`` (timed forward and forward + backward), ``"infer"`` (forward) or
     ``"step"`` (one call of the cell module). ``lengths`` is ``None`` (dense) or the distribution
     of the lengths of a :class:`~torch.nn.utils.rnn.PackedSequence`. ``reset`` is the share of
-    steps that start an episode; torch.nn has no such thing, so here both run without.
+    steps that start an episode; torch.nn has no such thing, so without a ``task`` both run without.
+    A ``task`` is one of ``today.py``, for LSTMs; then ``lengths`` are those of a padded batch,
+    ``models`` how many there are, and ``plain`` asks for what ours is measured against there.
     """
 
     name: str
@@ -54,6 +59,9 @@ class Workload:
     dropout: float = 0.0
     bias: bool = True
     batch_first: bool = False
+    task: str | None = None
+    models: int = 1
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if self.cell not in GATES:
@@ -62,6 +70,8 @@ class Workload:
             raise ValueError(f"{self.name}: unknown mode {self.mode!r}, expected {[*PASSES]}")
         if self.lengths not in LENGTHS:
             raise ValueError(f"{self.name}: unknown lengths {self.lengths!r}, expected {LENGTHS}")
+        if self.task and (self.task not in TASKS or self.cell != "lstm"):
+            raise ValueError(f"{self.name}: an LSTM and one of {[*TASKS]}, not {self.task!r}")
         if self.mode == "step" and (self.T, self.L, self.D) != (1, 1, 1):
             raise ValueError(f"{self.name}: a step is one layer, one direction and T = 1")
 
@@ -72,15 +82,16 @@ class Workload:
     @property
     def shape(self) -> str:
         extra = (f" P{self.P}" if self.P else "") + (f" {self.lengths}" if self.lengths else "")
+        extra += f" {self.models} models" if self.models > 1 else ""
         return f"T{self.T} N{self.N} I{self.I} H{self.H} L{self.L} D{self.D}{extra}"
 
     @property
     def note(self) -> str:
-        return "resets left out: torch.nn has none" if self.reset else ""
+        return "resets left out: torch.nn has none" if self.reset and not self.task else ""
 
     def sequence_lengths(self) -> Tensor:
         """The same lengths in every run; the longest is T, so that T means the same everywhere."""
-        if self.lengths in (None, "full"):
+        if self.lengths in (None, "full") or self.plain:
             return torch.full((self.N,), self.T)
         weights = (
             torch.ones(self.T) if self.lengths == "uniform" else 1 / torch.arange(1, self.T + 1)
@@ -91,12 +102,19 @@ class Workload:
         lengths[self.N // 2] = self.T
         return lengths
 
+    def resets(self) -> Tensor:
+        """Where episodes start, bool ``[T,N]``: the same in every run."""
+        size, generator = self.T * self.N, torch.Generator().manual_seed(0)
+        order = torch.randperm(size, generator=generator)
+        return (order < round(size * self.reset)).view(self.T, self.N)
+
     @property
     def _weights(self) -> int:
         """Entries of all weights: a row of input is multiplied once by each."""
         R, gates = self.P or self.H, GATES[self.cell] * self.H
         widths = [self.I] + (self.L - 1) * [R * self.D]
-        return sum(self.D * ((width + R) * gates + self.P * self.H) for width in widths)
+        a_model = sum(self.D * ((width + R) * gates + self.P * self.H) for width in widths)
+        return self.models * a_model
 
     def gflop(self, kind: str, *, input_gradient: bool = False) -> float:
         """The matrix products of one call, in 10⁹ operations. Backward has two for each one of
@@ -105,7 +123,7 @@ class Workload:
         if kind == "train":
             macs *= 3
             if not input_gradient:
-                macs -= self.D * self.I * GATES[self.cell] * self.H
+                macs -= self.models * self.D * self.I * GATES[self.cell] * self.H
         return 2e-9 * int(self.sequence_lengths().sum()) * macs
 
     def mbyte(self, kind: str, size: int, *, input_gradient: bool = False) -> float:
@@ -113,7 +131,8 @@ class Workload:
         number: input, weights and output, in a backward the three again with the gradients of
         weights and output. What a layer gives the next may stay in a cache."""
         rows = int(self.sequence_lengths().sum())
-        x, y, weights = rows * self.I, rows * (self.P or self.H) * self.D, self._weights
+        x, weights = rows * self.I, self._weights
+        y = self.models * rows * (self.P or self.H) * self.D
         numbers = x + y + weights
         if kind == "train":
             numbers += x + 2 * y + 2 * weights + (x if input_gradient else 0)
@@ -122,7 +141,7 @@ class Workload:
     def packed_gigabytes(self) -> float:
         """What torch.nn writes in one backward of packed input: it slices the gates of every step
         out of those of all rows, and the gradient of each slice is as large as the whole."""
-        if self.lengths is None or self.mode != "train":
+        if self.lengths is None or self.plain or self.mode != "train":
             return 0.0
         rows = int(self.sequence_lengths().sum())
         return 4e-9 * self.T * rows * GATES[self.cell] * self.H * self.L * self.D
@@ -177,6 +196,19 @@ def grid(cells: Iterable[str], axes: Iterable[str], kinds: Collection[str]) -> l
 
 def make_module(namespace: ModuleType, w: Workload, **options: Any) -> nn.Module:
     """The module of ``w`` from ``torch.nn`` or ``fused_rnn``, which take the same arguments."""
+    one, ours = replace(w, task=None), namespace is not nn
+    if w.task == "episodes":
+        return Episodes(make_module(namespace, one, **options), None if w.plain else w.resets())
+    if w.task == "ragged":
+        lengths = None if w.plain else w.sequence_lengths()
+        return Ragged(make_module(namespace, one, **options), lengths)
+    if w.task == "ensemble":
+        models = (make_module(namespace, one, **options) for _ in range(w.models))
+        return Ensemble(models, together=ours and not w.plain)
+    if w.task == "stream":
+        whole = ours and not w.plain
+        one = replace(one, mode=w.mode if whole else "step", T=w.T if whole else 1)
+        return Stream(make_module(namespace, one, **options))
     kind, _, nonlinearity = w.cell.partition("_")
     if nonlinearity:
         options["nonlinearity"] = nonlinearity
@@ -254,7 +286,8 @@ class Case:
         outputs = flatten(self.module(self.input, self.states))
         gradients = self._backward(outputs, [*self.leaves.values()])
         wheres = (f"d {name}" for name in self.leaves)
-        return dict(zip(names, outputs, strict=False)) | dict(zip(wheres, gradients, strict=True))
+        found = dict(zip(wheres, gradients, strict=True))
+        return dict(zip(names, outputs, strict=False)) | together(found)
 
 
 def flatten(result: Any) -> list[Tensor]:
@@ -289,7 +322,7 @@ def make_case(
     size = (w.N,) if step else (w.N, w.T) if w.batch_first else (w.T, w.N)
     data = draw((*size, w.I))
     packed = None
-    if w.lengths:
+    if w.lengths and not w.task:
         lengths = w.sequence_lengths()
         packed = pack_padded_sequence(data, lengths, w.batch_first, enforce_sorted=False)
         data = packed.data

@@ -79,7 +79,7 @@ def supports(problem: Problem) -> str | None:
                 "it needs a GPU of compute capability 8.0 or newer, and this one has "
                 f"{capability[0]}.{capability[1]}"
             )
-    if problem.transformed:
+    if problem.transformed or problem.vmapped:
         return "forward-mode AD and torch.func transforms have to see each operation"
     return None
 

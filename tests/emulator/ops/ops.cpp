@@ -260,7 +260,8 @@ void step(const StepArgs& args, const Tensor& like) {
   machine.give_back();
 }
 
-constexpr Device kEmulated = {forward, backward, step<false>, step<true>, std::size(kAlgorithms)};
+constexpr Device kEmulated = {in_turn<ForwardArgs, forward>, in_turn<BackwardArgs, backward>,
+                              step<false>, step<true>, std::size(kAlgorithms)};
 
 }  // namespace
 }  // namespace fused_rnn::cuda
