@@ -91,10 +91,10 @@ FUSED_RNN_DEVICE void matrices(float* out, const unsigned char* shared) {
 }
 
 FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(256, 1)
-    everything(float* x, bf16* y, fp16* z, uint32_t* a, uint64_t* b) {
+    everything(float* x, bf16* y, fp16* z, uint32_t* a, uint64_t* b, FUSED_RNN_ARGUMENT float one) {
   unsigned char* shared = shared_memory<unsigned char>();
   FUSED_RNN_SHARED(float, fixed, 32);
-  store(fixed + lane(), votes(positions(1.0f)));
+  store(fixed + lane(), votes(positions(one)));
   sync_block();
   sync_threads(1, 64);
   words(a);
