@@ -533,7 +533,17 @@ def test_auto_takes_it_where_nothing_faster_is_known_to_run(monkeypatch):
     monkeypatch.setattr(triton, "INTERPRETS", False)
     monkeypatch.setattr(backends.cuda, "available", lambda: "there is no library")
     assert backends.choose(problem(), "auto")[0] is triton
-    assert backends.choose(problem(compiling=False), "auto")[0] is backends.torch_nn
+    eager = problem(compiling=False)
+    assert not tuning.PROVEN, "then README says so, with the results file"
+    found, why = backends.choose(eager, "auto")
+    assert found is backends.torch_nn
+    assert why.startswith("Triton's kernels have not run on a GPU")
+    monkeypatch.setattr(tuning, "PROVEN", True)
+    assert backends.choose(eager, "auto")[0] is triton
+    # What it lacks is torch.nn's.
+    found, why = backends.choose(problem(compiling=False, dtype=torch.float64), "auto")
+    assert found is backends.torch_nn
+    assert "Triton" not in why
     assert backends.choose(problem(dtype=torch.float64), "auto")[0] is reference
 
 

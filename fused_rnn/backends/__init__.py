@@ -215,6 +215,10 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
             cudnn_runs = torch_nn.cudnn_can_run(problem)
             ours, why = cuda.faster_than_torch(problem, cudnn.allows_tf32(), cudnn_runs)
             return cuda if ours else torch_nn, why
+        if problem.device != "cpu" and refusal(triton, problem) is None:
+            if triton.tuning.PROVEN:
+                return triton, "the CUDA library cannot run this"
+            return torch_nn, "Triton's kernels have not run on a GPU, and the CUDA library cannot"
         return torch_nn, "the native loop cannot run this, torch.nn can"
     if refusal(cuda, problem) is None:
         return cuda, "torch.nn cannot run this"
