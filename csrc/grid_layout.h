@@ -50,7 +50,8 @@ struct GridShape {
     const int of_item = backward ? saved + 3 * states + gates + 8 : 3 * gates + states + saved + 5;
     const int of_tiles = tiles == 1 ? 0 : backward ? 34 : items() == 1 ? 26 : 58;
     return sums() + items() * of_item + of_tiles +
-           (backward && !exact ? 84 + 8 * (gates == 3) : 70) + 6 * (element - 2) + 72 * exact;
+           (backward && !exact ? 84 + 8 * (gates == 3) : 70) + 6 * (element - 2) + 72 * exact +
+           8 * (!backward && tiles == 1 && m_tiles == 2);
   }
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.

@@ -75,7 +75,8 @@ struct ForwardUnit {
     for (int i = 0; i < kStates; ++i) s[i] = now.clears(n) ? A(0) : states[i];
     Cell::forward(x, gh, s, s1, saved);
     FUSED_RNN_UNROLL
-    for (int i = 0; i < kStates; ++i) states[i] = now.after(n, i * a.H + u, s[i], s1[i]);
+    for (int i = 0; i < kStates; ++i)
+      states[i] = now.after(a.loop.keep_share, n, i * a.H + u, s[i], s1[i]);
   }
   // What the next step's product reads.
   FUSED_RNN_DEVICE A operand(const ForwardLayer<T>& a, const StepRows& next, int64_t n,

@@ -74,13 +74,13 @@ struct GridBlock {
   // Asked for where they are needed: registers hold weights.
   FUSED_RNN_DEVICE int group() const { return block_index().x / team.cut.team; }
   FUSED_RNN_DEVICE int direction() const { return group() % team.directions; }
-  // run() for each of the group's tiles.
-  template <class Run>
-  FUSED_RNN_DEVICE void each_tile(Run run) {
-    const int first = group() / team.directions;
-    for (row = int64_t(first) * kColumns; row < team.N;
-         row += int64_t(team.cut.groups / team.directions) * kColumns)
-      run();
+  // Where the group's first tile begins, and how far from one to the next. The loop over them is
+  // written out: around a lambda some kernels kept the block in local memory.
+  FUSED_RNN_DEVICE int64_t first_row() const {
+    return int64_t(group() / team.directions) * kColumns;
+  }
+  FUSED_RNN_DEVICE int64_t row_stride() const {
+    return int64_t(team.cut.groups / team.directions) * kColumns;
   }
   FUSED_RNN_DEVICE int lines() const { return team.cut.team / team.cut.line; }
   FUSED_RNN_DEVICE int line() const { return block_index().x % team.cut.team % lines(); }

@@ -96,7 +96,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
   if constexpr (!has_clusters() && kM == 5) return unsupported("so many rows need sm_90");
   GridBackwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  block.each_tile([&] {
+  for (block.row = block.first_row(); block.row < a.team.N; block.row += block.row_stride()) {
     block.start();
     for (int64_t step = block.steps() - 1; step >= 0; --step, ++turn) {
       block.update(step, turn);
@@ -113,7 +113,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
       block.add();
     }
     block.write_carried();
-  });
+  }
 }
 
 template <class Cell, class T, bool kExact, class Machine>

@@ -104,7 +104,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
   if constexpr (!has_mma()) return unsupported("the grid algorithm needs sm_80");
   GridForwardBlock<Cell, T, kExact, kM, kTiles> block(a);
   int64_t turn = 0;
-  block.each_tile([&] {
+  for (block.row = block.first_row(); block.row < a.team.N; block.row += block.row_stride()) {
     block.start();
     for (int64_t step = 0; step < block.count(); ++step) {
       const bool last = step + 1 == block.count();
@@ -118,7 +118,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
       block.write_outputs(step);
     }
     block.write_states();
-  });
+  }
 }
 
 template <class Cell, class T, bool kExact, class Machine>

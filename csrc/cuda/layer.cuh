@@ -72,7 +72,6 @@ struct StepRows {
   const uint8_t* control;  // [N], or null
   const int32_t* rows;     // [N], or null
   const uint8_t* keep;     // [N, states], or null
-  const void* keep_share;  // carry [states], or null
   int64_t first;           // without rows, the first row; the others follow
   int64_t states;          // of one row, all states together
 
@@ -87,9 +86,10 @@ struct StepRows {
   FUSED_RNN_DEVICE bool keeps(int64_t n, int64_t state) const {
     return keep && load(keep + n * states + state);
   }
-  // What becomes of such an element.
+  // What becomes of such an element. Shares, carry [states] or null, are the same in every step.
   template <class A>
-  FUSED_RNN_DEVICE A after(int64_t n, int64_t state, A before, A computed) const {
+  FUSED_RNN_DEVICE A after(const void* keep_share, int64_t n, int64_t state, A before,
+                           A computed) const {
     if (keep_share)
       return computed + load(static_cast<const A*>(keep_share) + state) * (before - computed);
     return keeps(n, state) ? before : computed;
@@ -123,12 +123,8 @@ struct Loop {
   // The step'th step in the order in which forward runs.
   FUSED_RNN_FN StepRows step(int64_t step) const {
     const int64_t t = reverse ? T - 1 - step : step;
-    return {control ? control + t * N : nullptr,
-            rows ? rows + t * N : nullptr,
-            keep ? keep + t * N * states : nullptr,
-            keep_share,
-            t * N,
-            states};
+    return {control ? control + t * N : nullptr, rows ? rows + t * N : nullptr,
+            keep ? keep + t * N * states : nullptr, t * N, states};
   }
 };
 

@@ -51,6 +51,7 @@ template <class T>
 struct ForwardStep {
   using A = arithmetic_t<T>;
   StepRows now, next;
+  const void* keep_share;  // or null
   bool last;
   int64_t N, H, R;
   const A* gx;  // products of the input from row gx_first on, or null: x is the product
@@ -79,8 +80,8 @@ FUSED_RNN_DEVICE void place_state(const ForwardStep<T>& a, int64_t n, int64_t r,
   const bool holds = a.now.holds(n);
   if (holds)
     state = read(a.h_n, at);
-  else if (a.now.keep || a.now.keep_share)
-    state = a.now.after(n, r, a.entering(a.h_n, n, at), state);
+  else if (a.now.keep || a.keep_share)
+    state = a.now.after(a.keep_share, n, r, a.entering(a.h_n, n, at), state);
   write(a.h_n, at, state);
   if (index >= 0) write(a.h, index * a.R + r, holds ? arithmetic_t<T>(0) : state);
   if (a.last) return;
@@ -116,7 +117,7 @@ FUSED_RNN_DEVICE void forward_unit(const ForwardStep<T>& a, int64_t n, int64_t u
   Cell::forward(gx, gh, s, s1, saved);
 
   if constexpr (Cell::kStates == 2) {
-    const A c = a.now.after(n, a.R + unit, s[1], s1[1]);
+    const A c = a.now.after(a.keep_share, n, a.R + unit, s[1], s1[1]);
     write(a.c_n, at, c);
     if (a.c) write(a.c, index * a.H + unit, c);
   }
@@ -192,6 +193,7 @@ void forward(const ForwardArgs& a, Machine& machine) {
   const Loop loop(a, Cell::kStates == 2 ? a.R + a.H : a.R);
 
   ForwardStep<T> step{};
+  step.keep_share = a.keep_share;
   step.N = a.N;
   step.H = a.H;
   step.R = a.R;
