@@ -45,7 +45,8 @@ struct GridShape {
     return m_tiles * tiles * (exact ? 8 : 4);
   }
   // Registers of a thread beside the weights: the sums; of each item the states, what is fetched
-  // and what is made; and the rest as compiled for sm_80 and later.
+  // and what is made; and the rest as compiled for sm_80 and later. Forward, two row tiles of 8
+  // columns leave the most room for weights, and spilled where that was counted to the last.
   FUSED_RNN_FN constexpr int other_registers() const {
     const int of_item = backward ? saved + 3 * states + gates + 8 : 3 * gates + states + saved + 5;
     const int of_tiles = tiles == 1 ? 0 : backward ? 34 : items() == 1 ? 26 : 58;

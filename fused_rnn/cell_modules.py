@@ -116,6 +116,7 @@ class RNNCell(_OneStateCell):
         )
         self.nonlinearity = nonlinearity
 
+    # A property where the others have a constant: users may set nonlinearity, as torch.nn's.
     @property
     def _cell(self) -> Cell:  # type: ignore[override]
         if self.nonlinearity not in ("tanh", "relu"):
