@@ -13,6 +13,7 @@
 #include <initializer_list>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -62,18 +63,21 @@ pybind11::dict build_info() {
 struct Connection {
   const DLPackExchangeAPI* torch = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
-  PyObject* is_neg = nullptr;
+  PyObject *is_neg = nullptr, *empty_like = nullptr;
   decltype(&fused_rnn_cell) kernel = nullptr;
 } connection;
 
-void connect(pybind11::type tensor, pybind11::type parameter, uintptr_t kernel) {
+void connect(pybind11::type tensor, pybind11::type parameter, pybind11::object empty_like,
+             uintptr_t kernel) {
   const pybind11::capsule table = tensor.attr("__dlpack_c_exchange_api__");
   const auto* torch = table.get_pointer<const DLPackExchangeAPI>();
   if (torch->header.version.major != DLPACK_MAJOR_VERSION)
     throw pybind11::import_error("torch's DLPack exchange table is of another major version");
-  connection = {torch, reinterpret_cast<PyTypeObject*>(tensor.ptr()),
+  connection = {torch,
+                reinterpret_cast<PyTypeObject*>(tensor.ptr()),
                 reinterpret_cast<PyTypeObject*>(parameter.ptr()),
                 pybind11::object(tensor.attr("is_neg")).release().ptr(),
+                empty_like.release().ptr(),
                 reinterpret_cast<decltype(&fused_rnn_cell)>(kernel)};
 }
 
@@ -91,20 +95,19 @@ class Plain {
     return said != Py_False;
   }
 
-  static bool view(pybind11::handle object, DLTensor* out) {
-    const PyTypeObject* type = Py_TYPE(object.ptr());
+  static bool view(PyObject* object, DLTensor* out) {
+    const PyTypeObject* type = Py_TYPE(object);
     if (type != connection.tensor && type != connection.parameter) return false;
-    if (!is_negated(object.ptr()) &&
-        connection.torch->dltensor_from_py_object_no_sync(object.ptr(), out) == 0)
+    if (!is_negated(object) && connection.torch->dltensor_from_py_object_no_sync(object, out) == 0)
       return true;
     PyErr_Clear();  // torch has no plain memory for it; the caller has another way
     return false;
   }
 
   // None is null where it may be.
-  bool get(pybind11::handle object, bool optional, std::initializer_list<int64_t> shape,
+  bool get(PyObject* object, bool optional, std::initializer_list<int64_t> shape,
            void** data) const {
-    if (optional && object.is_none()) return *data = nullptr, true;
+    if (optional && object == Py_None) return *data = nullptr, true;
     DLTensor t;
     return view(object, &t) && get(t, shape, data);
   }
@@ -133,31 +136,79 @@ int scalar_of(DLDataType type) {
                            : -1;
 }
 
-// One step of a cell into h1 and c1; false, with nothing done, where an operand is not plain
-// memory of the right kind and size, or where there are more rows and more multiplications.
-bool small_step(int cell, pybind11::handle x, pybind11::handle h, pybind11::handle c,
-                pybind11::handle w_ih, pybind11::handle w_hh, pybind11::handle b_ih,
-                pybind11::handle b_hh, pybind11::handle h1, pybind11::handle c1, int64_t rows,
-                int64_t products) {
+// The next state of a cell, as a tensor of its own beside the one before it.
+class NextState {
+  PyObject* tensor_ = nullptr;
+
+ public:
+  NextState() = default;
+  NextState(const NextState&) = delete;
+  ~NextState() { Py_XDECREF(tensor_); }
+
+  // False, with Python's error set, if there is no memory for it.
+  bool take(PyObject* before, void** data) {
+    DLTensor t;
+    tensor_ = PyObject_Vectorcall(connection.empty_like, &before, 1, nullptr);
+    if (!tensor_ || connection.torch->dltensor_from_py_object_no_sync(tensor_, &t)) return false;
+    *data = static_cast<char*>(t.data) + t.byte_offset;
+    return true;
+  }
+  PyObject* release() { return std::exchange(tensor_, nullptr); }
+};
+
+bool is_tuple(PyObject* object, Py_ssize_t size) {
+  return PyTuple_Check(object) && PyTuple_GET_SIZE(object) == size;
+}
+
+// (cell, x, states, weights, rows, products): the next states of one step of a cell, as a tuple;
+// None, with nothing done, where an operand is not plain memory of the right kind and size, or
+// where there are more rows and more multiplications. Called by CPython's own rules: pybind11's way
+// to a function of so many arguments takes a twentieth of the whole step.
+PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
+  if (count != 6)
+    return PyErr_Format(PyExc_TypeError, "small_step() takes 6 arguments, got %zd", count);
+  const int64_t cell = PyLong_AsLongLong(operand[0]), rows = PyLong_AsLongLong(operand[4]),
+                products = PyLong_AsLongLong(operand[5]);
+  if (PyErr_Occurred()) return nullptr;
+  PyObject* const before = operand[2];
+  const auto weight = [&](int i) { return PyTuple_GET_ITEM(operand[3], i); };
   DLTensor input, state;
-  if (!connection.kernel || !Plain::view(x, &input) || !Plain::view(h, &state)) return false;
-  if (input.ndim != 2 || state.ndim != 2 || cell < 0 || cell >= fused_rnn::kCellCount) return false;
+  if (!connection.kernel || cell < 0 || cell >= fused_rnn::kCellCount ||
+      !is_tuple(before, fused_rnn::kCellShapes[cell].states) || !is_tuple(operand[3], 4) ||
+      !Plain::view(operand[1], &input) || !Plain::view(PyTuple_GET_ITEM(before, 0), &state) ||
+      input.ndim != 2 || state.ndim != 2)
+    Py_RETURN_NONE;
   const int scalar = scalar_of(input.dtype);
   const int64_t N = input.shape[0], I = input.shape[1], H = state.shape[1];
   const int64_t gates = fused_rnn::kCellShapes[cell].gates * H;
-  const bool no_c = fused_rnn::kCellShapes[cell].states == 1;
-  if (N > rows && N * gates * (I + H) > products) return false;
+  const int states = fused_rnn::kCellShapes[cell].states;
   const Plain plain(input.dtype);
-  void *px, *ph, *pc, *pw_ih, *pw_hh, *pb_ih, *pb_hh, *ph1, *pc1;
-  if (scalar < 0 || !plain.get(input, {N, I}, &px) || !plain.get(state, {N, H}, &ph) ||
-      !plain.get(c, no_c, {N, H}, &pc) || !plain.get(w_ih, false, {gates, I}, &pw_ih) ||
-      !plain.get(w_hh, false, {gates, H}, &pw_hh) || !plain.get(b_ih, true, {gates}, &pb_ih) ||
-      !plain.get(b_hh, true, {gates}, &pb_hh) || !plain.get(h1, false, {N, H}, &ph1) ||
-      !plain.get(c1, no_c, {N, H}, &pc1))
-    return false;
-  connection.kernel(cell, scalar, N, I, H, px, ph, pc, pw_ih, pw_hh, pb_ih, pb_hh, ph1, pc1);
-  return true;
+  void *x, *h, *c = nullptr, *w_ih, *w_hh, *b_ih, *b_hh, *after[2] = {};
+  if (scalar < 0 || (N > rows && N * gates * (I + H) > products) || !plain.get(input, {N, I}, &x) ||
+      !plain.get(state, {N, H}, &h) ||
+      (states == 2 && !plain.get(PyTuple_GET_ITEM(before, 1), false, {N, H}, &c)) ||
+      !plain.get(weight(0), false, {gates, I}, &w_ih) ||
+      !plain.get(weight(1), false, {gates, H}, &w_hh) ||
+      !plain.get(weight(2), true, {gates}, &b_ih) || !plain.get(weight(3), true, {gates}, &b_hh))
+    Py_RETURN_NONE;
+  NextState next[2];
+  for (int i = 0; i < states; ++i)
+    if (!next[i].take(PyTuple_GET_ITEM(before, i), &after[i])) return nullptr;
+  connection.kernel(int(cell), scalar, N, I, H, x, h, c, w_ih, w_hh, b_ih, b_hh, after[0],
+                    after[1]);
+  PyObject* const results = PyTuple_New(states);
+  for (int i = 0; results && i < states; ++i) PyTuple_SET_ITEM(results, i, next[i].release());
+  return results;
 }
+
+// Of what the fast calling convention needs a pointer to, for ever.
+PyMethodDef small_step_method = {
+    "small_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&small_step)),
+    METH_FASTCALL,
+    "small_step(cell, x, states, weights, rows, products)\n\n"
+    "The next states of one step of a cell, as a tuple; None, with nothing done, where an operand "
+    "is not plain contiguous CPU memory of the right dtype and shape, or there are more than "
+    "`rows` rows and `products` multiplications."};
 
 }  // namespace
 
@@ -170,9 +221,8 @@ PYBIND11_MODULE(_C, m) {
         "The features that the choice of an instruction set depends on; empty where there is "
         "nothing to choose.");
   m.def("connect", &connect, "Tell small_step() torch's tensor types and the kernel's address.");
-  m.def("small_step", &small_step,
-        "One step of a cell into h1 and c1, or False with nothing done where an operand is not "
-        "plain contiguous CPU memory of the right dtype and shape, or the step is not small.");
+  m.attr("small_step") =
+      pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&small_step_method, nullptr));
   m.def(
       "instruction_set", [] { return fused_rnn::best_isa().name; },
       "The instruction set whose kernels run in this process.");

@@ -17,21 +17,16 @@ class Choice(TypedDict):
 def build_info() -> BuildInfo: ...
 def cpu_features() -> dict[str, bool]: ...
 def instruction_set() -> str: ...
-def connect(tensor: type, parameter: type, kernel: int | None) -> None: ...
+def connect(tensor: type, parameter: type, empty_like: object, kernel: int | None) -> None: ...
 def small_step(
     cell: int,
     x: object,
-    h: object,
-    c: object,
-    w_ih: object,
-    w_hh: object,
-    b_ih: object,
-    b_hh: object,
-    h1: object,
-    c1: object,
+    states: tuple[object, ...],
+    weights: tuple[object, ...],
     rows: int,
     products: int,
-) -> bool: ...
+    /,
+) -> tuple[Any, ...] | None: ...
 def plan(
     *,
     device: dict[str, Any],

@@ -214,7 +214,7 @@ def step(
     if not grad and (stepped := small_step(cell, input, states, weights, backend)):
         return stepped
     h, c = states if cell.states == 2 else (states[0], None)
-    if _is_plain(input, states):
+    if _is_plain() and input.dtype is h.dtype is states[-1].dtype:
         name = requested(backend)
         try:
             shapes = (input.shape, weights[1].shape)
@@ -242,16 +242,15 @@ def small_step(
     """The next states as :func:`step` has them, where no gradient is needed, the step is small and
     plain, and the backend has a kernel for it; else ``None``."""
     kernel = SMALL_STEPS.get(requested(backend))
-    if kernel is None or not _is_plain(input, states):
+    if kernel is None or not _is_plain():
         return None
-    c = states[1] if cell.states == 2 else None
-    stepped: States | None = kernel(cell, input, states[0], c, *weights)
+    stepped = kernel(cell, input, states, weights)
     if LOG and stepped:
         select(describe_step(cell, input, states, weights), requested(backend))
     return stepped
 
 
-def _is_plain(input: Tensor, states: States) -> bool:
+def _is_plain() -> bool:
     """Whether nothing but autograd has to see each operation: no tracer, transform or autocast.
 
     A step may then go straight to its kernel, whose own checks suffice.
@@ -264,7 +263,6 @@ def _is_plain(input: Tensor, states: States) -> bool:
         or _len_torch_function_stack()
         or peek_interpreter_stack()
         or forward_ad._current_level >= 0
-        or not input.dtype is states[0].dtype is states[-1].dtype
     )
 
 

@@ -34,11 +34,11 @@ def _load_cuda() -> str | None:
     )
 
 
-def _no_small_step(*operands: object) -> bool:
-    return False
+def _no_small_step(*operands: object) -> None:
+    return None
 
 
-def _connect() -> Callable[..., bool]:
+def _connect() -> Callable[..., tuple[Tensor, ...] | None]:
     """``_C.small_step``, told where the kernel is; without either, a function that declines."""
     try:
         from . import _C
@@ -47,7 +47,7 @@ def _connect() -> Callable[..., bool]:
     if UNAVAILABLE is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         return _no_small_step
     kernel = ctypes.cast(ctypes.CDLL(str(_LIBRARY)).fused_rnn_cell, ctypes.c_void_p).value
-    _C.connect(Tensor, torch.nn.Parameter, kernel)
+    _C.connect(Tensor, torch.nn.Parameter, torch.empty_like, kernel)
     return _C.small_step
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from .. import native
 from ..autograd import layer, step
-from ..cells import CELLS, Cell
+from ..cells import CELLS, Cell, States
 from ..norm_autograd import norm_layer
 
 if TYPE_CHECKING:
@@ -102,24 +102,12 @@ def cell_step(
 
 
 def small_step(
-    cell: Cell,
-    x: Tensor,
-    h: Tensor,
-    c: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> tuple[Tensor, ...] | None:
+    cell: Cell, x: Tensor, states: States, weights: tuple[Tensor | None, ...]
+) -> States | None:
     """The next states, in one pass over the weights, for a few rows and no gradient.
 
     The caller has made sure that nothing watches the computation: this goes past the dispatcher,
     which takes longer than the step itself. ``None`` says that this is not :func:`is_small`, or
     that an operand is not plain contiguous memory of the right size.
     """
-    h1 = torch.empty_like(h)
-    c1 = None if c is None else torch.empty_like(c)
-    operands = (x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if not native.small_step(cell.id, *operands, h1, c1, SMALL_ROWS, SMALL_PRODUCTS):
-        return None
-    return (h1,) if cell.states == 1 or c1 is None else (h1, c1)
+    return native.small_step(cell.id, x, states, weights, SMALL_ROWS, SMALL_PRODUCTS)
