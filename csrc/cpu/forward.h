@@ -143,11 +143,18 @@ class Forward {
       const int vectors = input.vectors(p);
       for_each_tile(count, vectors, [&](int64_t first, int rows) {
         const int64_t slot = range.begin + first;
+        if (p == 0 && kInPlace) prefetch_inputs(slot + rows, range.end);
         A* to = gx + slot * gx_stride + input.first_block(p) * kWidth;
         find_tile<A>(vectors, rows)(input.panel_weights(p), input.panel_bias(p), input_rows + slot,
                                     a.I, {to, gx_stride});
       });
     }
+  }
+
+  // The rows of x of the next tile, which may be far from the cache.
+  void prefetch_inputs(int64_t slot, int64_t end) const {
+    for (int64_t last = slot + kMaxRows; slot < end && slot < last; ++slot)
+      for (int64_t k = 0; k < a.I; k += kWidth) __builtin_prefetch(input_rows[slot] + k);
   }
 
   void run_steps(Share share) {
@@ -308,7 +315,22 @@ class Forward {
 #pragma GCC unroll 4
       for (int i = 0; i < Cell::kSaved; ++i)
         saved[i].part[k].store(row[k].saved + i * a.H + unit, n);
+      prefetch(row[k], unit);
     });
+  }
+
+  // Where the row's next step will write; with `rows` only about there, which does no harm. Else
+  // each store waits for its line of memory.
+  FUSED_RNN_FN void prefetch(const Live& row, int64_t unit) const {
+    const int64_t next = a.reverse ? -a.N : a.N;
+#pragma GCC unroll 4
+    for (int i = 0; i < Cell::kSaved; ++i)
+      __builtin_prefetch(row.saved + (next * Cell::kSaved + i) * a.H + unit, 1);
+    if constexpr (Cell::kStates == 2) __builtin_prefetch(row.c_out + next * a.H + unit, 1);
+    if constexpr (kInPlace)
+      __builtin_prefetch(row.h1 + next * a.R + unit, 1);
+    else if (row.h_out)
+      __builtin_prefetch(row.h_out + next * a.R + unit, 1);
   }
 
   void project(int64_t place, int64_t count, int64_t step) {
