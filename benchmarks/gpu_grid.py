@@ -33,7 +33,7 @@ from fused_rnn.bench import check, timing, workloads
 from fused_rnn.bench.arithmetic import tf32
 from fused_rnn.bench.rows import Provenance, Writer, provenance
 from fused_rnn.bench.timing import Turn, wall_clock
-from fused_rnn.bench.workloads import Case
+from fused_rnn.bench.workloads import Case, grad_mode
 
 AFFORDABLE_GFLOP = 10_000.0
 """Largest point that is also computed in float64: a fraction of a second at some 50 TFLOPS."""
@@ -162,8 +162,9 @@ class Bench:
         """Cases with different inputs, to take in turn, each called once."""
         case = self.make(point, name)
         cases = [case, case.another()]
-        for each in cases:
-            each.call(point.kind)()
+        with grad_mode(point.kind):
+            for each in cases:
+                each.call(point.kind)()
         self.wait()
         return cases
 
@@ -174,7 +175,7 @@ class Bench:
         peaks: dict[str, float | None] = {}
         turns = {}
         for name in [*cases]:
-            with self.noting(verdicts[name]):
+            with self.noting(verdicts[name]), grad_mode(point.kind):
                 peaks[name] = self.peak(cases[name][0].call(point.kind))
                 inputs = cycle([case.call(point.kind) for case in cases[name]])
                 turns[name] = Turn(lambda inputs=inputs: next(inputs)())  # type: ignore[misc]
@@ -184,7 +185,7 @@ class Bench:
         turns["calibration"] = Turn(product)
         shared = Verdict()
         samples: dict[str, list[float]] = {}
-        with self.noting(shared):
+        with self.noting(shared), grad_mode(point.kind):
             samples = timing.interleave(
                 turns, self.row_s, min_repeats=LEAST, max_repeats=MOST, measure=self.measure
             )

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.synchronize()
 
     print(f"{w.name}: {w.cell} {w.shape} {arguments.dtype} {kind}, {arguments.provider.name}")
-    with tf32(arithmetic.tf32), torch_threads(arguments.threads):
+    with tf32(arithmetic.tf32), torch_threads(arguments.threads), workloads.grad_mode(kind):
         for _ in range(2):
             wait_for_it()
         if arguments.nvtx:

@@ -16,7 +16,7 @@ from .arithmetic import DTYPES, tf32
 from .providers import Provider
 from .rows import Row, Writer
 from .timing import Quantiles, Rates, Turn, torch_threads
-from .workloads import Case, Workload, make_cases
+from .workloads import Case, Workload, grad_mode, make_cases
 
 TORCH = "torch"
 ROW_S = 1.0
@@ -116,14 +116,14 @@ class Bench:
                     if entry.case is None:
                         continue
                     entry.case.module.train(point.kind == "train")
-                    with torch.set_grad_enabled(point.kind == "train"):
+                    with grad_mode(point.kind):
                         ran[entry.name] = entry.provider.ran(entry.case)
-                    call = self.rotating(entry.case, point.kind)
-                    peaks[entry.name] = self.peak(call, point.threads)
+                        call = self.rotating(entry.case, point.kind)
+                        peaks[entry.name] = self.peak(call, point.threads)
                     calls[entry.name] = call
             samples: dict[str, list[float]] = {}
             together = Entry(self.providers[0])
-            with self.noting(together):
+            with self.noting(together), grad_mode(point.kind):
                 turns = {name: Turn(call, point.threads) for name, call in calls.items()}
                 samples = timing.interleave(
                     self.products(point) | turns, seconds, min_repeats=least, measure=self.measure

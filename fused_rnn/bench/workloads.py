@@ -231,8 +231,9 @@ def make_module(namespace: ModuleType, w: Workload, **options: Any) -> nn.Module
 @dataclass
 class Case:
     """A provider's module with its inputs; :meth:`forward`, :meth:`train` and :meth:`step` are
-    what is timed, :meth:`results` what is compared. What is timed leaves the input without
-    gradient, as data has none, unless ``input_gradient``; what is compared asks for it too."""
+    what is timed, in their :func:`grad_mode`; :meth:`results` what is compared. What is timed
+    leaves the input without gradient, as data has none, unless ``input_gradient``; what is compared
+    asks for it too."""
 
     module: nn.Module
     input: Tensor | PackedSequence
@@ -249,8 +250,7 @@ class Case:
         return self.input.detach()
 
     def forward(self) -> Any:
-        with torch.no_grad():
-            return self.module(self.input, self.states)
+        return self.module(self.input, self.states)
 
     step = forward
 
@@ -282,12 +282,19 @@ class Case:
         torch.manual_seed(0)
         names = ("h", "c") if isinstance(self.module, nn.RNNCellBase) else ("output", "h_n", "c_n")
         if kind != "train":
-            return dict(zip(names, flatten(self.forward()), strict=False))
+            with grad_mode(kind):
+                return dict(zip(names, flatten(self.forward()), strict=False))
         outputs = flatten(self.module(self.input, self.states))
         gradients = self._backward(outputs, [*self.leaves.values()])
         wheres = (f"d {name}" for name in self.leaves)
         found = dict(zip(wheres, gradients, strict=True))
         return dict(zip(names, outputs, strict=False)) | together(found)
+
+
+def grad_mode(kind: str) -> torch.set_grad_enabled:
+    """The context in which a pass is timed. To enter it takes as long as a tenth of a step, and
+    users enter it once for many."""
+    return torch.set_grad_enabled(kind == "train")
 
 
 def flatten(result: Any) -> list[Tensor]:
