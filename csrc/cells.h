@@ -70,6 +70,14 @@ struct RnnRelu {
   }
 };
 
+// A product that is not contracted with the sum that it goes into. Of two products in one sum the
+// compiler may choose either, and choose otherwise in another function; an arithmetic type that
+// promises the same bits from all of them has its own.
+template <class A>
+FUSED_RNN_FN A rounded(const A& product) {
+  return product;
+}
+
 // i, f, o = sigmoid(gx + gh);  g = tanh(gx + gh);  c' = f c + i g;  h' = o tanh(c')
 struct Lstm {
   static constexpr int kId = 2, kGates = 4, kStates = 2, kSaved = 4;
@@ -79,7 +87,7 @@ struct Lstm {
   // c'. A backward asks again where what was carried on (zoneout) is not what was computed.
   template <class A>
   static FUSED_RNN_FN A next_c(const A* saved, A c) {
-    return saved[1] * c + saved[0] * saved[2];
+    return saved[1] * c + rounded(saved[0] * saved[2]);
   }
 
   // The gates and c'.

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from layers import make_problem, run
-from numerics import cases, needs_native
+from numerics import DTYPES, cases, grid, needs_native
 
 from fused_rnn.autograd import layer
 from fused_rnn.cells import CELLS
@@ -37,9 +37,10 @@ def bits(problem, threads: int) -> dict[str, torch.Tensor]:
 
 @cases(
     cell=CELLS,
-    dtype=(torch.float32, torch.bfloat16),
+    dtype=(torch.float32, torch.float64, torch.bfloat16),
     # Enough arithmetic for several threads; rows that they do not divide; fewer rows than threads.
-    shape=((40, 7, 96), (12, 33, 64), (200, 3, 64), (700, 1, 40)),
+    # The last two are so few rows, and so much work a step, that threads share out the units.
+    shape=((40, 7, 96), (12, 33, 64), (9, 6, 256), (700, 1, 40), (20, 5, 300), (100, 1, 520)),
     control=(False, True),
     rows=("", "packed"),
     reverse=(False, True),
@@ -58,6 +59,15 @@ def test_the_same_bits_on_any_number_of_threads(case):
         several = bits(problem, threads)
         for name, value in one.items():
             assert torch.equal(value, several[name]), f"{name} of {problem} on {threads} threads"
+
+
+@grid(cell=CELLS, dtype=DTYPES, N=(11, 14))
+def test_the_same_bits_of_a_row_alone_and_of_a_row_in_a_pair(cell, dtype, N):
+    """The compiler may contract the same sum in two ways in two functions."""
+    problem = make_problem(cell, dtype, (20, N, 96))
+    one, two = bits(problem, 1), bits(problem, 2)
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), f"{name} of {problem}"
 
 
 @cases(cell=CELLS, dtype=(torch.float32, torch.bfloat16), threads=(1, 2, 4))
@@ -79,7 +89,10 @@ from fused_rnn.autograd import layer
 threads, callers, nested = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "nested"
 torch.manual_seed(0)
 # Some 50 ms on one thread: next to that, a time slice that a thread waits for counts little.
-problems = [make_problem(cell, torch.float32, (200, 33, 96)) for cell in ("lstm", "gru")]
+problems = [
+    make_problem(cell, torch.float32, shape)
+    for cell, shape in (("lstm", (200, 33, 96)), ("gru", (200, 33, 96)), ("lstm", (100, 3, 256)))
+]
 
 def once():
     return [run(layer, problem) for problem in problems]

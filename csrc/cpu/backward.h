@@ -2,7 +2,7 @@
 // batch; then, while the gates' gradients are in the cache, the gradients of input and weights.
 #pragma once
 
-#include "rows.h"
+#include "team.h"
 #include "weight_gradient.h"
 
 namespace FUSED_RNN_NAMESPACE {
@@ -28,6 +28,7 @@ class Backward {
     int64_t slot, index;  // index: in h, c, saved
     int64_t previous;     // row of h and c with the state before, or kInitial, kZero
     int64_t n;            // in the batch
+    const T* before;      // the hidden state that enters the step
     bool passes;          // a gradient reaches the incoming state
     const uint8_t* keep;  // of h, then of c; or null
   };
@@ -36,6 +37,7 @@ class Backward {
   const Schedule& schedule;
   Panels<A> hidden, input, projection;
   Slots slots;
+  const int64_t members;  // of the team that takes each step; 1: each thread has its own rows
   WeightGradient<A> ih, hh, hr;
   const int64_t unit_blocks, gate_stride;
   Blocks<A> gates;     // dgx and dgh as the weights' gradients read them
@@ -49,7 +51,7 @@ class Backward {
   int64_t* previous;   // [T][N], only with control or rows
   T* zeros;            // [max(H, R)]
   // By place among the shares:
-  A* dgh;             // [N][gate_stride] of the current step
+  A* dgh;             // [N][gate_stride] of the current step; [2][N][gate_stride] of a team's
   A* dh_total;        // [N][R], with a projection
   A* dh_unprojected;  // [N][H], with a projection
   Live* live;
@@ -64,6 +66,7 @@ class Backward {
         input(1, a.w_ih && a.dx ? a.I : 0, kGates * a.H),
         projection(1, a.w_hr ? a.H : 0, a.R),
         slots(a, schedule, arena),
+        members(a.dh_norm ? 1 : members_for(a, schedule, hidden.count())),
         ih(a.dw_ih ? kGates : 0, a.H, a.I, slots.capacity, arena),
         hh(a.dw_hh ? kGates : 0, a.H, a.R, slots.capacity, arena, kSplitFrom, kSplitTo),
         hr(a.dw_hr ? 1 : 0, a.R, a.H, slots.capacity, arena),
@@ -82,12 +85,12 @@ class Backward {
     dgx_rows = arena.take<const A*>(slots.capacity);
     previous = arena.take<int64_t>(has_holes() ? a.T * a.N : 0);
     zeros = arena.take<T>(a.H > a.R ? a.H : a.R);
-    dgh = arena.take<A>(a.N * gate_stride);
+    dgh = arena.take<A>((members == 1 ? 1 : 2) * a.N * gate_stride);
     dh_total = arena.take<A>(a.w_hr ? a.N * a.R : 0);
     dh_unprojected = arena.take<A>(a.w_hr ? a.N * a.H : 0);
-    live = arena.take<Live>(a.N);
-    x = arena.take<const A*>(a.N);
-    who = arena.take<int64_t>(a.N);
+    live = arena.take<Live>(members * a.N);
+    x = arena.take<const A*>(members * a.N);
+    who = arena.take<int64_t>(members * a.N);
   }
 
   void run() {
@@ -96,7 +99,12 @@ class Backward {
     for (int64_t end = a.T; end > 0; end -= schedule.steps) {
       const int64_t first = end < schedule.steps ? 0 : end - schedule.steps;
       slots.open(a, first, end - first, true);
-      parallel(schedule, schedule.shares, [&](int64_t i) { run_steps(Share(a, schedule, i)); });
+      if (members == 1)
+        parallel(schedule, schedule.shares,
+                 [&](int64_t i) { run_steps(Share(a, schedule.shares, i), Member()); });
+      else
+        together(schedule, members,
+                 [&](Member member) { run_steps(Share(a, member.number), member); });
       input_gradient_and_factors();
       weight_gradients();
     }
@@ -152,26 +160,45 @@ class Backward {
     }
   }
 
-  void run_steps(Share share) {
+  void run_steps(Share share, Member member) {
+    const Range panels = member.part(hidden.count());
+    const Range units = units_of(panels);
     for (int64_t step = slots.first_step() + slots.steps() - 1; step >= slots.first_step();
          --step) {
-      const int64_t end = share.place + find_live(share, step);
+      const int64_t end = share.place + find_live(share, step, member.first());
       if (a.dh_norm) find_norms(share.place, end);
       if (projects()) unproject(share.place, end, step);
       int64_t j = share.place;
       // With zoneout row by row: compiled for two rows, its sums may be rounded otherwise.
-      for (; !a.keep && j + 1 < end; j += 2) update_units<2>(j);
-      for (; j < end; ++j) update_units<1>(j);
-      propagate(share.place, end, step);
+      for (; !a.keep && j + 1 < end; j += 2) update_units<2>(j, units, step);
+      for (; j < end; ++j) update_units<1>(j, units, step);
+      member.meet();
+      propagate(member, panels, share.place, end, step);
     }
   }
 
-  int64_t find_live(Share share, int64_t step) {
+  // What a member updates is what it propagates into.
+  Range units_of(Range panels) const {
+    Range units(a.H);
+    if (members == 1) return units;
+    const int64_t width = hidden.blocks * kWidth;
+    units.begin = panels.begin * width;
+    if (panels.end * width < a.H) units.end = panels.end * width;
+    return units;
+  }
+
+  // A team's next step writes while some still read this one's.
+  A* dgh_row(int64_t j, int64_t step) const {
+    return dgh + ((members > 1 && step & 1 ? a.N : 0) + j % a.N) * gate_stride;
+  }
+
+  int64_t find_live(Share share, int64_t step, bool fills = true) {
     const Step at(a, step);
     int64_t count = share.place;
     for (int64_t i = 0; i < share.count; ++i) {
       const int64_t n = share.row(i), slot = slots.at(step, n);
       if (slot < 0) {
+        if (!fills) continue;
         zero_row<T>(a.dx, at.index(n), a.I);
         zero_row<A>(a.dh_norm, at.index(n), 1);
         continue;
@@ -182,10 +209,12 @@ class Backward {
                                        : index + (a.reverse ? a.N : -a.N);
       const int64_t states = a.R + (Cell::kStates - 1) * a.H;
       const uint8_t* const keep = a.keep ? a.keep + (at.t * a.N + n) * states : nullptr;
-      live[count] = {slot, index, last, n, !(at.control(n) & (kClear | kCut)), keep};
+      Live& row = live[count++];
+      row = {slot, index, last, n, nullptr, !(at.control(n) & (kClear | kCut)), keep};
+      row.before = state_before(a.h, a.h0, row, a.R);
+      if (!fills) continue;
       if (a.h_mask) masks[slot] = mask(n);
-      before[slot] = state_before(a.h, a.h0, live[count], a.R);
-      ++count;
+      before[slot] = row.before;
     }
     return count - share.place;
   }
@@ -229,7 +258,7 @@ class Backward {
         (live[j].passes ? past : V(0)).store(carried, n);
       }
     }
-    multiply(projection, x + begin, end - begin, step,
+    multiply(projection, Range(projection.count()), x + begin, end - begin, step,
              [&](int64_t j, int64_t unit, int64_t n, V dh) {
                dh.store(dh_unprojected + (begin + j) * a.H + unit, n);
              });
@@ -246,16 +275,16 @@ class Backward {
   }
 
   template <int K>
-  void update_units(int64_t j) {
-    int64_t unit = 0;
-    for (; unit + kWidth <= a.H; unit += kWidth) update<K, true>(j, unit);
-    if (unit < a.H) update<K, false>(j, unit);
+  void update_units(int64_t j, Range units, int64_t step) {
+    int64_t unit = units.begin;
+    for (; unit + kWidth <= units.end; unit += kWidth) update<K, true>(j, unit, step);
+    if (unit < units.end) update<K, false>(j, unit, step);
   }
 
   // Gradients of a block of units in K live rows from the j-th on. kFull: no lane of the block
   // lies beyond H.
   template <int K, bool kFull>
-  FUSED_RNN_FN void update(int64_t j, int64_t unit) {
+  FUSED_RNN_FN void update(int64_t j, int64_t unit, int64_t step) {
     using X = Several<A, K>;
     const int64_t n = kFull ? kWidth : a.H - unit;
     const Live* row = live + j;
@@ -269,8 +298,7 @@ class Backward {
         ds1[0].part[k] = add(V::load(dh0(row[k].n) + unit, n), a.dh, index * a.R + unit, n);
         s1[0].part[k] = V::load(static_cast<const T*>(a.h) + index * a.R + unit, n);
       }
-      if constexpr (Cell::kHiddenIsElementwise)
-        s[0].part[k] = V::load(before[row[k].slot] + unit, n);
+      if constexpr (Cell::kHiddenIsElementwise) s[0].part[k] = V::load(row[k].before + unit, n);
       if constexpr (Cell::kStates == 2) {
         ds1[1].part[k] = add(V::load(dc0(row[k].n) + unit, n), a.dc, index * a.H + unit, n);
         s[1].part[k] = V::load(state_before(a.c, a.c0, row[k], a.H) + unit, n);
@@ -292,7 +320,7 @@ class Backward {
 
     X::each([&](int k) {
       const int64_t slot = row[k].slot, block = unit / kWidth;
-      A* to = dgh + (j + k) * gate_stride + unit;
+      A* to = dgh_row(j + k, step) + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g) {
         dh[g].part[k].store(to + g * a.H, n);
@@ -346,14 +374,15 @@ class Backward {
   }
 
   // Through the recurrent product into the state before.
-  void propagate(int64_t begin, int64_t end, int64_t step) {
+  void propagate(Member member, Range panels, int64_t begin, int64_t end, int64_t step) {
     int64_t passing = begin;
     for (int64_t j = begin; j < end; ++j) {
       if (!live[j].passes) continue;
-      x[passing] = dgh + j * gate_stride;
+      x[passing] = dgh_row(j, step);
       who[passing++] = live[j].n;
     }
-    multiply(hidden, x + begin, passing - begin, step,
+    member.fetch(x + begin, passing - begin, kGates * a.H);
+    multiply(hidden, panels, x + begin, passing - begin, step,
              [&](int64_t j, int64_t unit, int64_t n, V dh) {
                A* to = dh0(who[begin + j]) + unit;
                if (a.h_mask) dh = dh * V::load(mask(who[begin + j]) + unit, n);
@@ -394,7 +423,7 @@ class Backward {
       dgx_rows[slot] = dgx + slot * gate_stride;
       if (!a.w_ih) copy_row(dgx_rows[slot], to + slots.index[slot] * a.I, a.I);
     }
-    multiply(input, dgx_rows + range.begin, range.end - range.begin, 0,
+    multiply(input, Range(input.count()), dgx_rows + range.begin, range.end - range.begin, 0,
              [&](int64_t j, int64_t unit, int64_t n, V dx) {
                dx.store(to + slots.index[range.begin + j] * a.I + unit, n);
              });

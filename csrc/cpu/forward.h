@@ -2,7 +2,7 @@
 // steps, each thread with its share of the batch.
 #pragma once
 
-#include "rows.h"
+#include "team.h"
 
 namespace FUSED_RNN_NAMESPACE {
 
@@ -35,6 +35,7 @@ class Forward {
   const Schedule& schedule;
   Panels<A> input, hidden, projection;
   Slots slots;
+  const int64_t members;  // of the team that takes each step; 1: each thread has its own rows
   const int64_t gx_stride;
   const A** input_rows;  // [slots] rows of x, as the product reads them
   A* converted;          // [slots][I], where x cannot be read in place
@@ -59,6 +60,7 @@ class Forward {
         hidden(kGates, a.H, a.R),
         projection(1, a.w_hr ? a.R : 0, a.H),
         slots(a, schedule, arena),
+        members(members_for(a, schedule, hidden.count())),
         gx_stride(row_distance<A>(kGates * a.H)) {
     input.take(arena, a.b_ih);
     hidden.take(arena, a.b_hh);
@@ -67,15 +69,15 @@ class Forward {
     converted = arena.take<A>(kInPlace || !a.w_ih ? 0 : slots.capacity * a.I);
     gx = arena.take<A>(slots.capacity * gx_stride + kWidth);  // whole vectors of the last units
     zeros = arena.take<A>(a.H > a.R ? a.H : a.R);
-    state = arena.take<const A*>(a.N);
+    state = arena.take<const A*>(members * a.N);
     carry = arena.take<A>(kInPlace ? 0 : 2 * a.N * a.R);
-    flip = arena.take<bool>(a.N);
+    flip = arena.take<bool>(members * a.N);
     unprojected = arena.take<A>(a.w_hr ? a.N * a.H : 0);
     masked = arena.take<A>(a.h_mask ? a.N * a.R : 0);
     c_before = arena.take<A>(keeps() && Cell::kStates == 2 ? a.N * a.H : 0);
-    live = arena.take<Live>(a.N);
-    x = arena.take<const A*>(a.N);
-    who = arena.take<int64_t>(a.N);
+    live = arena.take<Live>(members * a.N);
+    x = arena.take<const A*>(members * a.N);
+    who = arena.take<int64_t>(members * a.N);
   }
 
   void run() {
@@ -86,7 +88,14 @@ class Forward {
       slots.open(a, first, left < schedule.steps ? left : schedule.steps);
       parallel(schedule, schedule.workers,
                [&](int64_t i) { project_input(Range(slots.count, i, schedule.workers)); });
-      parallel(schedule, schedule.shares, [&](int64_t i) { run_steps(Share(a, schedule, i)); });
+      if (members == 1) {
+        parallel(schedule, schedule.shares,
+                 [&](int64_t i) { run_steps(Share(a, schedule.shares, i), Member()); });
+      } else {
+        together(schedule, members,
+                 [&](Member member) { run_steps(Share(a, member.number), member); });
+        tell_all();
+      }
     }
     finish();
   }
@@ -107,9 +116,20 @@ class Forward {
 
   void start() {
     memset(zeros, 0, sizeof(A) * size_t(a.H > a.R ? a.H : a.R));
-    for (int64_t i = 0; i < schedule.shares; ++i) {
-      const Share share(a, schedule, i);
+    for (int64_t i = 0; i < shares(); ++i) {
+      const Share share(a, shares(), i);
       for (int64_t j = 0; j < share.count; ++j) start_row(share.row(j), share.place + j);
+    }
+    tell_all();
+  }
+
+  int64_t shares() const { return members == 1 ? schedule.shares : 1; }
+
+  // Where the states are is known to a team's first member; the next team may be another one.
+  void tell_all() {
+    for (int64_t i = a.N; i < members * a.N; ++i) {
+      state[i] = state[i - a.N];
+      flip[i] = flip[i - a.N];
     }
   }
 
@@ -157,11 +177,13 @@ class Forward {
       for (int64_t k = 0; k < a.I; k += kWidth) __builtin_prefetch(input_rows[slot] + k);
   }
 
-  void run_steps(Share share) {
+  void run_steps(Share share, Member member) {
+    const Range panels = member.part(hidden.count());
     for (int64_t i = 0; i < slots.steps(); ++i) {
-      const int64_t step = slots.first_step() + i, count = find_live(share, step);
-      for (int64_t j = 0; j < hidden.count(); ++j) {
-        const int64_t p = hidden.in_sweep(j, step);
+      const int64_t step = slots.first_step() + i, count = find_live(share, step, member.first());
+      member.fetch(x + share.place, count, a.R);
+      for (int64_t j = 0; j < panels.size(); ++j) {
+        const int64_t p = hidden.in_sweep(panels, j, step);
         const int vectors = hidden.vectors(p);
         for_each_tile(count, vectors, [&](int64_t first, int rows) {
           run_tile(p, vectors, share.place + first, rows);
@@ -170,6 +192,7 @@ class Forward {
       if (a.w_hr) project(share.place, count, step);
       for (int64_t j = share.place; keeps() && j < share.place + count; ++j) keep_states(j);
       carry_on(share.place, share.place + count);
+      member.meet();
     }
   }
 
@@ -183,15 +206,16 @@ class Forward {
 
   A* state_after(int64_t place, int64_t index) const {
     if constexpr (kInPlace) return static_cast<A*>(a.h) + index * a.R;
-    return carry + ((flip[place] ? 0 : a.N) + place) * a.R;
+    return carry + ((flip[place] ? 0 : a.N) + place % a.N) * a.R;
   }
 
-  int64_t find_live(Share share, int64_t step) {
+  int64_t find_live(Share share, int64_t step, bool fills = true) {
     const Step at(a, step);
     int64_t count = share.place;
     for (int64_t i = 0; i < share.count; ++i) {
       const int64_t n = share.row(i), slot = slots.at(step, n);
       if (slot < 0) {
+        if (!fills) continue;
         const int64_t index = at.index(n);
         zero_row<T>(a.h, index, a.R);
         zero_row<T>(a.c, index, a.H);
@@ -335,16 +359,17 @@ class Forward {
 
   void project(int64_t place, int64_t count, int64_t step) {
     for (int64_t j = place; j < place + count; ++j) x[j] = unprojected + who[j] * a.H;
-    multiply(projection, x + place, count, step, [&](int64_t j, int64_t unit, int64_t n, V h) {
-      const Live& row = live[place + j];
-      h.store(state_after(who[place + j], row.index) + unit, n);
-      if constexpr (!kInPlace) h.store(static_cast<T*>(a.h) + row.index * a.R + unit, n);
-    });
+    multiply(projection, Range(projection.count()), x + place, count, step,
+             [&](int64_t j, int64_t unit, int64_t n, V h) {
+               const Live& row = live[place + j];
+               h.store(state_after(who[place + j], row.index) + unit, n);
+               if constexpr (!kInPlace) h.store(static_cast<T*>(a.h) + row.index * a.R + unit, n);
+             });
   }
 
   void finish() {
-    for (int64_t i = 0; i < schedule.shares; ++i) {
-      const Share share(a, schedule, i);
+    for (int64_t i = 0; i < shares(); ++i) {
+      const Share share(a, shares(), i);
       for (int64_t j = 0; j < share.count; ++j)
         memcpy(static_cast<A*>(a.h_n) + share.row(j) * a.R, state[share.place + j],
                sizeof(A) * size_t(a.R));

@@ -36,6 +36,14 @@ int64_t row_distance(int64_t width) {
   return (padded<A>(width) / kWidth | 1) * kWidth;
 }
 
+// The part'th of `parts` nearly equal parts of [0, count).
+struct Range {
+  int64_t begin, end;
+  explicit Range(int64_t count, int64_t part = 0, int64_t parts = 1)
+      : begin(count * part / parts), end(count * (part + 1) / parts) {}
+  int64_t size() const { return end - begin; }
+};
+
 // What a tile's sums are added to, or where they go: row n at data + n * stride.
 template <class A>
 struct TileRows {
@@ -144,10 +152,12 @@ struct Panels {
     const int64_t left = unit_blocks() - first_block(panel);
     return int(left < blocks ? left : blocks);
   }
-  // The panel that comes i-th in a sweep over all. Weights are swept again at every step, and
-  // may fill L2: there and back finds in it what the last sweep read last, where always the same
-  // way finds nothing.
-  int64_t in_sweep(int64_t i, int64_t sweep) const { return sweep & 1 ? count() - 1 - i : i; }
+  // The panel that comes i-th in a sweep over a part of them. Weights are swept again at every
+  // step, and may fill L2: there and back finds in it what the last sweep read last, where always
+  // the same way finds nothing.
+  int64_t in_sweep(Range part, int64_t i, int64_t sweep) const {
+    return sweep & 1 ? part.end - 1 - i : part.begin + i;
+  }
   int vectors(int64_t panel) const { return int(gates) * block_count(panel); }
   A* panel_weights(int64_t panel) const {
     return weights + first_block(panel) * gates * K * kWidth;
@@ -202,14 +212,15 @@ struct Panels {
   }
 };
 
-// Rows of x times a matrix of one gate: store(row, unit, lanes, value) receives each vector.
+// Rows of x times a part of a matrix of one gate: store(row, unit, lanes, value) receives each
+// vector.
 template <class A, class Store>
-void multiply(const Panels<A>& panels, const A* const* x, int64_t count, int64_t sweep,
+void multiply(const Panels<A>& panels, Range part, const A* const* x, int64_t count, int64_t sweep,
               Store store) {
   constexpr int64_t kWidth = Vec<A>::kWidth;
   alignas(kVectorBytes) A out[kMaxRows * kMaxVectors * kWidth];
-  for (int64_t i = 0; i < panels.count(); ++i) {
-    const int64_t p = panels.in_sweep(i, sweep);
+  for (int64_t i = 0; i < part.size(); ++i) {
+    const int64_t p = panels.in_sweep(part, i, sweep);
     const int vectors = panels.vectors(p);
     for_each_tile(count, vectors, [&](int64_t first, int rows) {
       find_tile<A>(vectors, rows)(panels.panel_weights(p), panels.panel_bias(p), x + first,

@@ -13,9 +13,11 @@ inline constexpr int64_t kSumRows = 256;  // in a block of a sum over rows, at m
 // How a call is cut up. A chunk of steps goes through all stages before the next one starts, so
 // that what one stage leaves for the next is still in the cache.
 struct Schedule {
-  int64_t workers;  // threads that stages without an order in time are cut for
-  int64_t shares;   // of the batch, each one thread's: no more than rows
-  int64_t steps;    // in a chunk: all, or a multiple of sum_steps
+  int64_t workers;   // threads that stages without an order in time are cut for
+  int64_t shares;    // of the batch, each one thread's: no more than rows
+  int64_t members;   // of a team that takes each step together, where the units can be shared; or 1
+  int64_t patience;  // of a team for members that have not come, ns
+  int64_t steps;     // in a chunk: all, or a multiple of sum_steps
   // Sums over rows are made of the sums over blocks of so many steps, whatever workers and chunks.
   int64_t sum_steps;
   // Runs body(context, task) for each task, in any order, on any thread.

@@ -50,7 +50,8 @@ class NormBackward : Backward<Cell, T> {
     for (int64_t end = a.T; end > 0; end -= schedule.steps) {
       const int64_t first = end < schedule.steps ? 0 : end - schedule.steps;
       slots.open(a, first, end - first, true);
-      parallel(schedule, schedule.shares, [&](int64_t i) { run_steps(Share(a, schedule, i)); });
+      parallel(schedule, schedule.shares,
+               [&](int64_t i) { run_steps(Share(a, schedule.shares, i)); });
       this->input_gradient_and_factors();
       this->weight_gradients();
       if (args.dgain)
@@ -82,7 +83,7 @@ class NormBackward : Backward<Cell, T> {
       for (; j + 1 < end; j += 2) update_units<2>(j);
       if (j < end) update_units<1>(j);
       for (j = begin; j < end; ++j) through_gate_norms(j);
-      this->propagate(begin, end, step);
+      this->propagate(Member(), Range(this->hidden.count()), begin, end, step);
     }
   }
 

@@ -51,7 +51,8 @@ class NormForward : Forward<Cell, T> {
       slots.open(a, first, left < schedule.steps ? left : schedule.steps);
       parallel(schedule, schedule.workers,
                [&](int64_t i) { this->project_input(Range(slots.count, i, schedule.workers)); });
-      parallel(schedule, schedule.shares, [&](int64_t i) { run_steps(Share(a, schedule, i)); });
+      parallel(schedule, schedule.shares,
+               [&](int64_t i) { run_steps(Share(a, schedule.shares, i)); });
     }
     this->finish();
   }
@@ -79,7 +80,7 @@ class NormForward : Forward<Cell, T> {
   void multiply_rows(int64_t begin, int64_t end, int64_t step) {
     alignas(kVectorBytes) A product[kMaxRows * kMaxVectors * kWidth];
     for (int64_t i = 0; i < hidden.count(); ++i) {
-      const int64_t p = hidden.in_sweep(i, step);
+      const int64_t p = hidden.in_sweep(Range(hidden.count()), i, step);
       const int vectors = hidden.vectors(p);
       for_each_tile(end - begin, vectors, [&](int64_t first, int count) {
         find_tile<A>(vectors, count)(hidden.panel_weights(p), hidden.panel_bias(p),

@@ -2,7 +2,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 #include <algorithm>
+#include <limits>
+#include <type_traits>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -66,20 +72,55 @@ void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* con
   });
 }
 
+// Of the recurrent product of a step.
+double flops_of(const Layer& layer, int64_t gates) {
+  return 2.0 * double(layer.N) * double(layer.R) * double(layer.H) * double(gates);
+}
+
 // As many threads as so many layers are worth.
 int64_t workers_for(const Layer& layer, int64_t gates, int64_t count) {
-  const double flops = 2.0 * double(count) * double(layer.T) * double(layer.N) * double(layer.R) *
-                       double(layer.H) * double(gates);
+  const double flops = double(count) * double(layer.T) * flops_of(layer, gates);
   const double useful = 1 + flops / kFlopsPerThread;
   const int64_t threads = torch::stable::get_num_threads();
   return double(threads) > useful ? int64_t(useful) : threads;
 }
 
-Schedule schedule_of(const Layer& layer, int64_t workers) {
+// That this thread, and so those of a pool that it started, may use.
+int64_t processors() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  return std::numeric_limits<int64_t>::max();
+}
+
+// Rows of the batch, for each thread, from which on they are shared out; and the least arithmetic
+// of a step, for each thread, that is worth a meeting, which takes half a microsecond.
+constexpr int64_t kRowsTogether = 3;
+constexpr double kFlopsPerMeeting = 2.5e5;
+
+// A pool wakes its threads in some 10 us, and up to 100 if they sleep. To wait as long as the work
+// takes, at some 100 GFLOP/s, at most doubles its time.
+constexpr double kMostPatience = 1e5, kFlopsPerNs = 100;
+
+// Of a team that shares out the hidden units instead. Threads without a processor would keep the
+// others waiting at every step.
+int64_t members_of(const Layer& layer, int64_t gates, int64_t workers) {
+  if (layer.N > kRowsTogether * workers ||
+      flops_of(layer, gates) < kFlopsPerMeeting * double(workers))
+    return 1;
+  return std::min(workers, processors());
+}
+
+Schedule schedule_of(const Layer& layer, int64_t gates, int64_t workers, int64_t members) {
   const int64_t sum_steps = kSumRows > layer.N ? kSumRows / layer.N : 1;
   int64_t steps = sum_steps * (workers == 1 ? kSumsAlone : kSumsTogether * workers);
   if (steps > layer.T) steps = layer.T;
-  return {workers, workers < layer.N ? workers : layer.N, steps, sum_steps, parallel};
+  const double work = double(layer.T) * flops_of(layer, gates) / kFlopsPerNs;
+  return {workers, std::min(workers, layer.N),
+          members, int64_t(std::min(work, kMostPatience)),
+          steps,   sum_steps,
+          parallel};
 }
 
 struct Memory {
@@ -99,8 +140,10 @@ template <class Args>
 void run(const Loop<Args>& loop, const Args* layers, int64_t count, const CellShape& cell) {
   const int64_t threads = workers_for(layers[0], cell.gates, count);
   const bool apart = count > 1 && count >= threads;
-  const Schedule schedule =
-      schedule_of(layers[0], apart ? 1 : workers_for(layers[0], cell.gates, 1));
+  const int64_t workers = apart ? 1 : workers_for(layers[0], cell.gates, 1);
+  constexpr bool kTeams = std::is_same_v<Args, ForwardArgs> || std::is_same_v<Args, BackwardArgs>;
+  const int64_t members = kTeams ? members_of(layers[0], cell.gates, workers) : 1;
+  const Schedule schedule = schedule_of(layers[0], cell.gates, workers, members);
   size_t bytes = 0;
   for (int64_t i = 0; i < count; ++i) bytes = std::max(bytes, loop.bytes(layers[i], schedule));
   bytes = (bytes + 63) / 64 * 64;

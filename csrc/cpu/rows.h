@@ -26,20 +26,13 @@ void parallel(const Schedule& schedule, int64_t tasks, const Task& task) {
   }
 }
 
-// The part'th of `parts` nearly equal parts of [0, count).
-struct Range {
-  int64_t begin, end;
-  Range(int64_t count, int64_t part, int64_t parts)
-      : begin(count * part / parts), end(count * (part + 1) / parts) {}
-};
-
 // One thread's rows of the batch: first, first + stride, ...; `place` numbers the rows of all
 // shares without gaps, for what each row has in workspace.
 struct Share {
   int64_t first, stride, count, place;
 
-  Share(const Layer& layer, const Schedule& schedule, int64_t share) {
-    const int64_t N = layer.N, shares = schedule.shares;
+  Share(const Layer& layer, int64_t shares, int64_t share) {
+    const int64_t N = layer.N;
     if (layer.control || layer.rows) {
       // Where rows end at different times, as in packed input sorted by length, dealing them out
       // evens the work.
@@ -55,6 +48,10 @@ struct Share {
       count = range.end - range.begin;
     }
   }
+  // All rows, for a member of a team.
+  Share(const Layer& layer, int number)
+      : first(0), stride(1), count(layer.N), place(number * layer.N) {}
+
   int64_t row(int64_t i) const { return first + i * stride; }
 };
 

@@ -211,6 +211,17 @@ FUSED_RNN_FN Vec<A> lane_sums(Vec<A>* v) {
     return v[0];
 }
 
+// For cells.h: the compiler does not see that it is a product.
+template <class A>
+FUSED_RNN_FN Vec<A> rounded(Vec<A> product) {
+#if defined(__x86_64__)
+  asm("" : "+v"(product.v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product.v));
+#endif
+  return product;
+}
+
 // e^r - 1 for |r| <= ln(2)/2. Pairs of terms, then Horner in r^2: half the latency of Horner in r.
 template <class A>
 FUSED_RNN_FN Vec<A> expm1_reduced(Vec<A> r) {
@@ -358,6 +369,9 @@ struct Several {
   }
   friend FUSED_RNN_FN Several tanh(const Several& x) {
     return map([&](int k) { return tanh(x.part[k]); });
+  }
+  friend FUSED_RNN_FN Several rounded(const Several& x) {
+    return map([&](int k) { return rounded(x.part[k]); });
   }
 };
 

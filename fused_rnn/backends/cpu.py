@@ -73,7 +73,8 @@ def explain(problem: Problem) -> str:
     if problem.T == 0:
         return "torch's two GEMMs, then one native pointwise kernel"
     return (
-        "input product, time loop and gradients in one native call, the batch split over threads; "
+        "input product, time loop and gradients in one native call, the batch (of few rows: the "
+        "units) split over threads; "
         "results are bit-equal on any number of threads"
     )
 
