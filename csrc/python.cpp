@@ -10,6 +10,7 @@
 #include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <map>
 #include <string>
@@ -160,42 +161,70 @@ bool is_tuple(PyObject* object, Py_ssize_t size) {
   return PyTuple_Check(object) && PyTuple_GET_SIZE(object) == size;
 }
 
+struct LayerWeights {
+  void *w_ih, *w_hh, *b_ih, *b_hh;
+};
+
 // (cell, x, states, weights, rows, products): the next states of one step of a cell, as a tuple;
 // None, with nothing done, where an operand is not plain memory of the right kind and size, or
-// where there are more rows and more multiplications. Called by CPython's own rules: pybind11's way
-// to a function of so many arguments takes a twentieth of the whole step.
+// where there are more rows and more multiplications. Where weights are a tuple of those of L
+// layers, states are [L,N,H]. Called by CPython's own rules: pybind11's way to a function of so
+// many arguments takes a twentieth of the whole step.
 PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
   if (count != 6)
     return PyErr_Format(PyExc_TypeError, "small_step() takes 6 arguments, got %zd", count);
   const int64_t cell = PyLong_AsLongLong(operand[0]), rows = PyLong_AsLongLong(operand[4]),
                 products = PyLong_AsLongLong(operand[5]);
   if (PyErr_Occurred()) return nullptr;
-  PyObject* const before = operand[2];
-  const auto weight = [&](int i) { return PyTuple_GET_ITEM(operand[3], i); };
+  PyObject *const before = operand[2], *const given = operand[3];
   DLTensor input, state;
   if (!connection.kernel || cell < 0 || cell >= fused_rnn::kCellCount ||
-      !is_tuple(before, fused_rnn::kCellShapes[cell].states) || !is_tuple(operand[3], 4) ||
-      !Plain::view(operand[1], &input) || !Plain::view(PyTuple_GET_ITEM(before, 0), &state) ||
-      input.ndim != 2 || state.ndim != 2)
+      !is_tuple(before, fused_rnn::kCellShapes[cell].states) || !PyTuple_Check(given) ||
+      PyTuple_GET_SIZE(given) == 0 || !Plain::view(operand[1], &input) ||
+      !Plain::view(PyTuple_GET_ITEM(before, 0), &state))
     Py_RETURN_NONE;
-  const int scalar = scalar_of(input.dtype);
-  const int64_t N = input.shape[0], I = input.shape[1], H = state.shape[1];
+  const bool stacked = PyTuple_Check(PyTuple_GET_ITEM(given, 0));
+  if (input.ndim != 2 || state.ndim != (stacked ? 3 : 2)) Py_RETURN_NONE;
+  const int64_t layers = stacked ? PyTuple_GET_SIZE(given) : 1;
+  const int64_t N = input.shape[0], I = input.shape[1], H = state.shape[state.ndim - 1];
   const int64_t gates = fused_rnn::kCellShapes[cell].gates * H;
-  const int states = fused_rnn::kCellShapes[cell].states;
+  const int64_t widest = layers > 1 ? std::max(I, H) : I;
+  const int scalar = scalar_of(input.dtype), states = fused_rnn::kCellShapes[cell].states;
   const Plain plain(input.dtype);
-  void *x, *h, *c = nullptr, *w_ih, *w_hh, *b_ih, *b_hh, *after[2] = {};
-  if (scalar < 0 || (N > rows && N * gates * (I + H) > products) || !plain.get(input, {N, I}, &x) ||
-      !plain.get(state, {N, H}, &h) ||
-      (states == 2 && !plain.get(PyTuple_GET_ITEM(before, 1), false, {N, H}, &c)) ||
-      !plain.get(weight(0), false, {gates, I}, &w_ih) ||
-      !plain.get(weight(1), false, {gates, H}, &w_hh) ||
-      !plain.get(weight(2), true, {gates}, &b_ih) || !plain.get(weight(3), true, {gates}, &b_hh))
+  const auto get_state = [&](int i, void** data) {
+    PyObject* const tensor = PyTuple_GET_ITEM(before, i);
+    return stacked ? plain.get(tensor, false, {layers, N, H}, data)
+                   : plain.get(tensor, false, {N, H}, data);
+  };
+  void *x, *h, *c = nullptr, *after[2] = {};
+  if (scalar < 0 || (N > rows && N * gates * (widest + H) > products) ||
+      !plain.get(input, {N, I}, &x) || !get_state(0, &h) || (states == 2 && !get_state(1, &c)))
     Py_RETURN_NONE;
+  std::vector<LayerWeights> weights(static_cast<size_t>(layers));
+  for (int64_t k = 0; k < layers; ++k) {
+    LayerWeights& w = weights[size_t(k)];
+    PyObject* const four = stacked ? PyTuple_GET_ITEM(given, k) : given;
+    if (!is_tuple(four, 4)) Py_RETURN_NONE;
+    const auto weight = [&](int i) { return PyTuple_GET_ITEM(four, i); };
+    if (!plain.get(weight(0), false, {gates, k ? H : I}, &w.w_ih) ||
+        !plain.get(weight(1), false, {gates, H}, &w.w_hh) ||
+        !plain.get(weight(2), true, {gates}, &w.b_ih) ||
+        !plain.get(weight(3), true, {gates}, &w.b_hh))
+      Py_RETURN_NONE;
+  }
   NextState next[2];
   for (int i = 0; i < states; ++i)
     if (!next[i].take(PyTuple_GET_ITEM(before, i), &after[i])) return nullptr;
-  connection.kernel(int(cell), scalar, N, I, H, x, h, c, w_ih, w_hh, b_ih, b_hh, after[0],
-                    after[1]);
+  const int64_t bytes = N * H * input.dtype.bits / 8;
+  const auto layer = [&](void* state, int64_t k) {
+    return state ? static_cast<char*>(state) + k * bytes : nullptr;
+  };
+  for (int64_t k = 0; k < layers; ++k) {
+    const LayerWeights& w = weights[size_t(k)];
+    connection.kernel(int(cell), scalar, N, k ? H : I, H, k ? layer(after[0], k - 1) : x,
+                      layer(h, k), layer(c, k), w.w_ih, w.w_hh, w.b_ih, w.b_hh, layer(after[0], k),
+                      layer(after[1], k));
+  }
   PyObject* const results = PyTuple_New(states);
   for (int i = 0; results && i < states; ++i) PyTuple_SET_ITEM(results, i, next[i].release());
   return results;
@@ -206,8 +235,10 @@ PyMethodDef small_step_method = {
     "small_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&small_step)),
     METH_FASTCALL,
     "small_step(cell, x, states, weights, rows, products)\n\n"
-    "The next states of one step of a cell, as a tuple; None, with nothing done, where an operand "
-    "is not plain contiguous CPU memory of the right dtype and shape, or there are more than "
+    "The next states of one step of a cell, or with the weights of L layers, of those ([L,N,H]), "
+    "as "
+    "a tuple; None, with nothing done, where an operand is not plain "
+    "contiguous CPU memory of the right dtype and shape, or there are more than "
     "`rows` rows and `products` multiplications."};
 
 }  // namespace

@@ -237,16 +237,22 @@ def step(
 
 
 def small_step(
-    cell: Cell, input: Tensor, states: States, weights: CellWeights, backend: str
+    cell: Cell,
+    input: Tensor,
+    states: States,
+    weights: CellWeights | tuple[CellWeights, ...],
+    backend: str,
 ) -> States | None:
     """The next states as :func:`step` has them, where no gradient is needed, the step is small and
-    plain, and the backend has a kernel for it; else ``None``."""
+    plain, and the backend has a kernel for it; else ``None``. With the weights of layers, states
+    are ``[L,N,H]``, and each layer's input is the next h of the one below."""
     kernel = SMALL_STEPS.get(requested(backend))
     if kernel is None or not _is_plain():
         return None
     stepped = kernel(cell, input, states, weights)
     if LOG and stepped:
-        select(describe_step(cell, input, states, weights), requested(backend))
+        first: Any = weights[0] if isinstance(weights[0], tuple) else weights
+        select(describe_step(cell, input, states, first), requested(backend))
     return stepped
 
 

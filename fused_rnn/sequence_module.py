@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.fx import Proxy
 from torch.fx.proxy import TraceError
 from torch.nn import Parameter, RNNBase
@@ -207,7 +207,8 @@ class SequenceModule(RNNBase):
                 ``[I]``. Default: ``None``, zeros or the learned initial state
 
         Returns:
-            the output ``[N,H]`` (P in place of H with a projection) and the next state.
+            the output ``[N,H]`` (P in place of H with a projection) and the next state, which may
+            share its memory with the output, as a cell's state is its output.
 
         Raises:
             ValueError: the module reads sequences from their end, or ``x`` is no single step.
@@ -224,6 +225,13 @@ class SequenceModule(RNNBase):
                 "weight_dropout have one for a whole sequence; call eval() first, or the module on "
                 "whole sequences"
             )
+        if type(state) is (tuple if self._has_cell_state else Tensor) and not is_grad_enabled():
+            # The common case, at once.
+            before: Any = state if self._has_cell_state else (state,)
+            after = self._small_step(x, before)
+            if after is not None:
+                y = after[0].squeeze(0) if self.num_layers == 1 else after[0][-1]
+                return y, after if self._has_cell_state else after[0]
         if not isinstance(x, Tensor) or x.dim() not in (1, 2):
             got = f"{x.dim()}D" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"fused_rnn: step expects x to be 2D [N,I] or 1D [I], got {got}")
@@ -263,6 +271,19 @@ class SequenceModule(RNNBase):
         else:
             states = tuple(map(torch.stack, zip(*layers, strict=True)))
         return x, states if self._has_cell_state else states[0]
+
+    def _small_step(self, x: Tensor, states: States) -> States | None:
+        """As :func:`functional.small_step`, for all layers."""
+        cell, p = self._cell, self._parameters
+        masked = self.zoneout or (self.dropout and self.training)
+        if masked or self.proj_size or isinstance(cell, NormCell):
+            return None
+        none = () if self.bias else (None, None)
+        try:
+            weights: Any = tuple([(*[p[name] for name in w], *none) for w in self._all_weights])
+        except KeyError:  # parametrized
+            return None
+        return functional.small_step(cell, x, states, weights, self.backend)
 
     def describe(self, input: Any, hx: Any = None, **asked: Any) -> Problem:
         """What a call with these arguments asks of a backend; see :func:`fused_rnn.explain`."""

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from devices import DEVICES, without_cudnn
-from numerics import DTYPES, HALF, cases, grid
+from numerics import DTYPES, HALF, cases, grid, needs_native
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.testing import assert_close
 from twins import (
     BACKEND_NAMES,
@@ -21,6 +22,7 @@ from twins import (
 )
 
 import fused_rnn
+from fused_rnn.backends import cpu
 from fused_rnn.cells import CELLS
 
 T, N = 5, 3
@@ -98,6 +100,40 @@ def test_a_state_goes_from_forward_to_steps_and_back(kind, dtype):
     tolerance = {"rtol": 0, "atol": 8 * torch.finfo(dtype).eps}
     assert_close(torch.cat([first, middle, last]), whole, **tolerance)
     assert_close(list(tensors(state)), list(tensors(final)), **tolerance)
+
+
+@needs_native
+@grid(kind=CELLS, bias=(True, False))
+def test_a_step_of_all_layers_is_one_call_where_nothing_watches(kind, bias, monkeypatch):
+    calls, real = [], cpu.native.small_step
+
+    def watched(*operands):
+        calls.append(real(*operands))
+        return calls[-1]
+
+    module, parametrized = (module_of(kind, num_layers=3, bias=bias, backend="cpu") for _ in "12")
+    parametrized.load_state_dict(module.state_dict())
+    x, state = torch.randn(N, I), states(kind, module, N)
+    expected = tensors(module.step(x, state))  # with gradients, layer by layer
+    weight_norm(parametrized, "weight_hh_l1")
+    monkeypatch.setattr(cpu.native, "small_step", watched)
+    with torch.no_grad():
+        ours = tensors(module.step(x, state))
+        assert len(calls) == 1
+        assert calls[0] is not None
+        theirs = tensors(parametrized.step(x, state))
+    assert len(calls) == 4
+    for value, other, want in zip(ours, theirs, expected, strict=True):
+        assert_close(value, want)
+        assert_close(other, want)
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cell_refuses_the_states_of_layers(kind):
+    name, extra = name_of(kind)
+    cell = getattr(fused_rnn, f"{name}Cell")(I, H, **extra)
+    with torch.no_grad(), pytest.raises(ValueError, match="to be 1D or 2D, got 3D instead"):
+        cell(torch.randn(N, I), states(kind, cell, 1, N))
 
 
 @grid(exists, kind=CELLS, backend=BACKEND_NAMES, device=DEVICES, form=MODULES)

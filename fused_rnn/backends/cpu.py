@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -102,10 +102,9 @@ def cell_step(
     return step(cell, linear(x, w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
 
 
-def small_step(
-    cell: Cell, x: Tensor, states: States, weights: tuple[Tensor | None, ...]
-) -> States | None:
-    """The next states, in one pass over the weights, for a few rows and no gradient.
+def small_step(cell: Cell, x: Tensor, states: States, weights: tuple[Any, ...]) -> States | None:
+    """The next states, in one pass over the weights, for a few rows and no gradient. Weights are a
+    cell's four, or a tuple of those of L layers, whose states are ``[L,N,H]``.
 
     The caller has made sure that nothing watches the computation: this goes past the dispatcher,
     which takes longer than the step itself. ``None`` says that this is not :func:`is_small`, or
