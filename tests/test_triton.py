@@ -533,18 +533,26 @@ def test_auto_takes_it_where_nothing_faster_is_known_to_run(monkeypatch):
     monkeypatch.setattr(triton, "INTERPRETS", False)
     monkeypatch.setattr(backends.cuda, "available", lambda: "there is no library")
     assert backends.choose(problem(), "auto")[0] is triton
-    eager = problem(compiling=False)
-    assert not tuning.PROVEN, "then README says so, with the results file"
-    found, why = backends.choose(eager, "auto")
-    assert found is backends.torch_nn
-    assert why.startswith("Triton's kernels have not run on a GPU")
-    monkeypatch.setattr(tuning, "PROVEN", True)
-    assert backends.choose(eager, "auto")[0] is triton
     # What it lacks is torch.nn's.
     found, why = backends.choose(problem(compiling=False, dtype=torch.float64), "auto")
     assert found is backends.torch_nn
     assert "Triton" not in why
     assert backends.choose(problem(dtype=torch.float64), "auto")[0] is reference
+
+
+def compare_with_reference(device):
+    from fused_rnn.backends import Problem
+    from fused_rnn.backends.trust import doubts
+
+    for cell, dtype, T in (("lstm", torch.float32, 9), ("gru", torch.float16, 0)):
+        sizes = {"N": 3, "I": 5, "H": 33, "P": 0, "layers": 1, "directions": 1}
+        flags = {"grad": True, "packed": False, "compiling": False}
+        asked = Problem(cell=cell, dtype=dtype, device=device, T=T, **sizes, **flags)
+        assert doubts(triton, asked) is None
+
+
+def test_the_kernels_agree_where_auto_compares_them(on):
+    on(compare_with_reference)
 
 
 def test_what_stays_on_the_chip():

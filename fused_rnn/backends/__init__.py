@@ -34,6 +34,7 @@ from typing_extensions import Self
 
 from . import cpu, cuda, cudnn, reference, triton
 from . import torch as torch_nn
+from .trust import doubts
 
 
 class Problem(NamedTuple):
@@ -216,9 +217,10 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
             ours, why = cuda.faster_than_torch(problem, cudnn.allows_tf32(), cudnn_runs)
             return cuda if ours else torch_nn, why
         if problem.device != "cpu" and refusal(triton, problem) is None:
-            if triton.tuning.PROVEN:
-                return triton, "the CUDA library cannot run this"
-            return torch_nn, "Triton's kernels have not run on a GPU, and the CUDA library cannot"
+            doubt = doubts(triton, problem)
+            if doubt is None:
+                return triton, "the CUDA library cannot run this; two steps were the reference's"
+            return torch_nn, f"the CUDA library cannot run this, and Triton's kernels: {doubt}"
         return torch_nn, "the native loop cannot run this, torch.nn can"
     if refusal(cuda, problem) is None:
         return cuda, "torch.nn cannot run this"

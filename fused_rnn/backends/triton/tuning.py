@@ -16,10 +16,6 @@ from torch import dtype as DType
 
 from ...cells import Cell
 
-# Whether `make gpu-check` has found the kernels right on a GPU, with the results file that says so.
-# Until then `auto` leaves to torch.nn what that can run.
-PROVEN = False
-
 ALGORITHMS = ("resident", "tiled", "recompute")
 RESIDENT, TILED, RECOMPUTE = range(1, 4)
 
