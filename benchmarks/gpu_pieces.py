@@ -80,8 +80,8 @@ LEFT_TO_CI = {
         *("backends", "bench", "benchmarks", "build", "char_lm", "compare", "cuda_build", "docs"),
         *("emulator", "examples", "export_trace", "gpu_check", "gpu_grid", "gradient_flow"),
         *("isa", "norm", "norm_modules", "plan"),
-        *("plots", "profile", "real_models", "self_test", "streaming_sharded", "threads"),
-        *("triton_compile", "tune"),
+        *("plots", "profile", "real_models", "self_test", "streaming_sharded", "team"),
+        *("threads", "triton_compile", "trust", "tune"),
     )
 }
 """Files about the CPU or the tooling alone."""

@@ -90,17 +90,19 @@ class Plain {
  public:
   explicit Plain(DLDataType type) : type_(type) {}
 
-  static bool is_negated(PyObject* tensor) {
-    PyObject* const said = PyObject_Vectorcall(connection.is_neg, &tensor, 1, nullptr);
-    Py_XDECREF(said);  // of True and False there is one each
-    return said != Py_False;
-  }
-
-  static bool view(PyObject* object, DLTensor* out) {
+  // Of all operands before the first pointer is taken: torch lets other threads run meanwhile.
+  static bool is_candidate(PyObject* object) {
     const PyTypeObject* type = Py_TYPE(object);
     if (type != connection.tensor && type != connection.parameter) return false;
-    if (!is_negated(object) && connection.torch->dltensor_from_py_object_no_sync(object, out) == 0)
-      return true;
+    PyObject* const negated = PyObject_Vectorcall(connection.is_neg, &object, 1, nullptr);
+    Py_XDECREF(negated);  // of True and False there is one each
+    if (!negated) PyErr_Clear();
+    return negated == Py_False;
+  }
+
+  // Of a candidate.
+  static bool view(PyObject* object, DLTensor* out) {
+    if (connection.torch->dltensor_from_py_object_no_sync(object, out) == 0) return true;
     PyErr_Clear();  // torch has no plain memory for it; the caller has another way
     return false;
   }
@@ -164,6 +166,15 @@ bool is_tuple(PyObject* object, Py_ssize_t size) {
 struct LayerWeights {
   void *w_ih, *w_hh, *b_ih, *b_hh;
 };
+constexpr int64_t kMostLayers = 16;
+
+bool are_candidates(PyObject* tuple, Py_ssize_t first_optional) {
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) {
+    PyObject* const item = PyTuple_GET_ITEM(tuple, i);
+    if (!(i >= first_optional && item == Py_None) && !Plain::is_candidate(item)) return false;
+  }
+  return true;
+}
 
 // (cell, x, states, weights, rows, products): the next states of one step of a cell, as a tuple;
 // None, with nothing done, where an operand is not plain memory of the right kind and size, or
@@ -177,54 +188,63 @@ PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
                 products = PyLong_AsLongLong(operand[5]);
   if (PyErr_Occurred()) return nullptr;
   PyObject *const before = operand[2], *const given = operand[3];
-  DLTensor input, state;
   if (!connection.kernel || cell < 0 || cell >= fused_rnn::kCellCount ||
       !is_tuple(before, fused_rnn::kCellShapes[cell].states) || !PyTuple_Check(given) ||
-      PyTuple_GET_SIZE(given) == 0 || !Plain::view(operand[1], &input) ||
-      !Plain::view(PyTuple_GET_ITEM(before, 0), &state))
+      PyTuple_GET_SIZE(given) == 0)
     Py_RETURN_NONE;
   const bool stacked = PyTuple_Check(PyTuple_GET_ITEM(given, 0));
-  if (input.ndim != 2 || state.ndim != (stacked ? 3 : 2)) Py_RETURN_NONE;
   const int64_t layers = stacked ? PyTuple_GET_SIZE(given) : 1;
+  const auto four = [&](int64_t k) { return stacked ? PyTuple_GET_ITEM(given, k) : given; };
+  DLTensor input, state;
+  if (layers > kMostLayers || !Plain::is_candidate(operand[1]) || !are_candidates(before, 2))
+    Py_RETURN_NONE;
+  for (int64_t k = 0; k < layers; ++k)
+    if (!is_tuple(four(k), 4) || !are_candidates(four(k), 2)) Py_RETURN_NONE;
+  if (!Plain::view(operand[1], &input) || !Plain::view(PyTuple_GET_ITEM(before, 0), &state) ||
+      input.ndim != 2 || state.ndim != (stacked ? 3 : 2))
+    Py_RETURN_NONE;
   const int64_t N = input.shape[0], I = input.shape[1], H = state.shape[state.ndim - 1];
   const int64_t gates = fused_rnn::kCellShapes[cell].gates * H;
-  const int64_t widest = layers > 1 ? std::max(I, H) : I;
+  const int64_t work = N * gates * ((layers > 1 ? std::max(I, H) : I) + H);  // of a layer
   const int scalar = scalar_of(input.dtype), states = fused_rnn::kCellShapes[cell].states;
   const Plain plain(input.dtype);
+  if (scalar < 0 || (N > rows && work > products)) Py_RETURN_NONE;
+
+  NextState next[2];  // like h, which c has to be like
+  void *x, *h, *c = nullptr, *after[2] = {};
+  for (int i = 0; i < states; ++i)
+    if (!next[i].take(PyTuple_GET_ITEM(before, 0), &after[i])) return nullptr;
   const auto get_state = [&](int i, void** data) {
     PyObject* const tensor = PyTuple_GET_ITEM(before, i);
     return stacked ? plain.get(tensor, false, {layers, N, H}, data)
                    : plain.get(tensor, false, {N, H}, data);
   };
-  void *x, *h, *c = nullptr, *after[2] = {};
-  if (scalar < 0 || (N > rows && N * gates * (widest + H) > products) ||
-      !plain.get(input, {N, I}, &x) || !get_state(0, &h) || (states == 2 && !get_state(1, &c)))
+  if (!plain.get(operand[1], false, {N, I}, &x) || !get_state(0, &h) ||
+      (states == 2 && !get_state(1, &c)))
     Py_RETURN_NONE;
-  std::vector<LayerWeights> weights(static_cast<size_t>(layers));
+  LayerWeights weights[kMostLayers];
   for (int64_t k = 0; k < layers; ++k) {
-    LayerWeights& w = weights[size_t(k)];
-    PyObject* const four = stacked ? PyTuple_GET_ITEM(given, k) : given;
-    if (!is_tuple(four, 4)) Py_RETURN_NONE;
-    const auto weight = [&](int i) { return PyTuple_GET_ITEM(four, i); };
+    LayerWeights& w = weights[k];
+    const auto weight = [&](int i) { return PyTuple_GET_ITEM(four(k), i); };
     if (!plain.get(weight(0), false, {gates, k ? H : I}, &w.w_ih) ||
         !plain.get(weight(1), false, {gates, H}, &w.w_hh) ||
         !plain.get(weight(2), true, {gates}, &w.b_ih) ||
         !plain.get(weight(3), true, {gates}, &w.b_hh))
       Py_RETURN_NONE;
   }
-  NextState next[2];
-  for (int i = 0; i < states; ++i)
-    if (!next[i].take(PyTuple_GET_ITEM(before, i), &after[i])) return nullptr;
   const int64_t bytes = N * H * input.dtype.bits / 8;
   const auto layer = [&](void* state, int64_t k) {
     return state ? static_cast<char*>(state) + k * bytes : nullptr;
   };
+  // Other threads may run meanwhile where it takes long; the caller holds the operands.
+  PyThreadState* const thread = layers * work > products ? PyEval_SaveThread() : nullptr;
   for (int64_t k = 0; k < layers; ++k) {
-    const LayerWeights& w = weights[size_t(k)];
+    const LayerWeights& w = weights[k];
     connection.kernel(int(cell), scalar, N, k ? H : I, H, k ? layer(after[0], k - 1) : x,
                       layer(h, k), layer(c, k), w.w_ih, w.w_hh, w.b_ih, w.b_hh, layer(after[0], k),
                       layer(after[1], k));
   }
+  if (thread) PyEval_RestoreThread(thread);
   PyObject* const results = PyTuple_New(states);
   for (int i = 0; results && i < states; ++i) PyTuple_SET_ITEM(results, i, next[i].release());
   return results;

@@ -188,7 +188,8 @@ def main(argv: list[str] | None = None) -> int:
     cpu, gpu, kernels = phases(recorded.events())
     print(table("phase, on the CPU", cpu, arguments.calls))
     if not cuda:
-        with Split() as split, torch_threads(arguments.threads):
+        grad = workloads.grad_mode(kind)
+        with Split() as split, torch_threads(arguments.threads), grad:
             call()
         if split.us:
             print(table("in the recurrent op", split.us, 1))

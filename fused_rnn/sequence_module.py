@@ -207,8 +207,8 @@ class SequenceModule(RNNBase):
                 ``[I]``. Default: ``None``, zeros or the learned initial state
 
         Returns:
-            the output ``[N,H]`` (P in place of H with a projection) and the next state, which may
-            share its memory with the output, as a cell's state is its output.
+            the output ``[N,H]`` (P in place of H with a projection) and the next state. Of a single
+            layer they share their memory, as a cell's output is its state.
 
         Raises:
             ValueError: the module reads sequences from their end, or ``x`` is no single step.
@@ -230,7 +230,7 @@ class SequenceModule(RNNBase):
             before: Any = state if self._has_cell_state else (state,)
             after = self._small_step(x, before)
             if after is not None:
-                y = after[0].squeeze(0) if self.num_layers == 1 else after[0][-1]
+                y = after[0].squeeze(0) if self.num_layers == 1 else after[0][-1].clone()
                 return y, after if self._has_cell_state else after[0]
         if not isinstance(x, Tensor) or x.dim() not in (1, 2):
             got = f"{x.dim()}D" if isinstance(x, Tensor) else type(x).__name__

@@ -544,10 +544,10 @@ def compare_with_reference(device):
     from fused_rnn.backends import Problem
     from fused_rnn.backends.trust import doubts
 
-    for cell, dtype, T in (("lstm", torch.float32, 9), ("gru", torch.float16, 0)):
-        sizes = {"N": 3, "I": 5, "H": 33, "P": 0, "layers": 1, "directions": 1}
-        flags = {"grad": True, "packed": False, "compiling": False}
-        asked = Problem(cell=cell, dtype=dtype, device=device, T=T, **sizes, **flags)
+    for cell, dtype, packed in (("lstm", torch.float32, False), ("gru", torch.float16, True)):
+        sizes = {"T": 9, "N": 3, "I": 5, "H": 33, "P": 0, "layers": 1, "directions": 2}
+        flags = {"grad": True, "packed": packed, "compiling": False}
+        asked = Problem(cell=cell, dtype=dtype, device=device, **sizes, **flags)
         assert doubts(triton, asked) is None
 
 

@@ -85,7 +85,8 @@ int64_t workers_for(const Layer& layer, int64_t gates, int64_t count) {
   return double(threads) > useful ? int64_t(useful) : threads;
 }
 
-// That this thread, and so those of a pool that it started, may use.
+// That this thread may use. Where the pool's threads are each bound to one of their own, that is
+// one, and there are no teams.
 int64_t processors() {
 #ifdef __linux__
   cpu_set_t set;
@@ -106,10 +107,9 @@ constexpr double kMostPatience = 1e5, kFlopsPerNs = 100;
 // Of a team that shares out the hidden units instead. Threads without a processor would keep the
 // others waiting at every step.
 int64_t members_of(const Layer& layer, int64_t gates, int64_t workers) {
-  if (layer.N > kRowsTogether * workers ||
-      flops_of(layer, gates) < kFlopsPerMeeting * double(workers))
-    return 1;
-  return std::min(workers, processors());
+  const double worth = flops_of(layer, gates) / kFlopsPerMeeting;
+  if (layer.N > kRowsTogether * workers) return 1;
+  return std::min({workers, processors(), worth < 1 ? int64_t(1) : int64_t(worth)});
 }
 
 Schedule schedule_of(const Layer& layer, int64_t gates, int64_t workers, int64_t members) {

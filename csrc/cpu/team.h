@@ -90,11 +90,12 @@ struct Member {
   }
 };
 
-// Of the schedule's members, as many as there is work for in steps of `panels`. The other options
-// pass through memory that belongs to a thread.
+// Of the schedule's members, as many as there is work for in steps of `panels`; 1 where more
+// threads have rows of their own. The other options pass through memory that belongs to a thread.
 inline int64_t members_for(const Layer& a, const Schedule& schedule, int64_t panels) {
   const bool plain = !a.w_hr && !a.h_mask && !a.keep && !a.keep_share;
-  return plain && panels >= schedule.members ? schedule.members : 1;
+  const int64_t members = panels < schedule.members ? panels : schedule.members;
+  return plain && members >= schedule.shares ? members : 1;
 }
 
 // Calls task(member) on the threads of a team of at most `wanted`.
