@@ -35,7 +35,7 @@ def doubts(backend: ModuleType, problem: Problem) -> str | None:
     """Why ``backend`` is not to be trusted with ``problem``, of several steps, or None."""
     p = problem._replace(N=min(problem.N, ROWS + problem.N % ROWS))
     tf32 = p.dtype == torch.float32 and cudnn.allows_tf32()
-    key = (backend.NAME, p.cell, p.dtype, p.device, p.ordinal, p.N, p.I, p.H)
+    key: tuple[object, ...] = (backend.NAME, p.cell, p.dtype, p.device, p.ordinal, p.N, p.I, p.H)
     key += (p.directions, p.packed, p.grad, tf32)
     if key not in _FOUND:
         if _len_torch_dispatch_stack() or _get_tracing_state():
