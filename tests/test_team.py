@@ -21,6 +21,8 @@ def compiler(tmp_path_factory):
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         subprocess.run(["./empty"], cwd=folder, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
+        # Compilers come without it, and some kernels map memory where it cannot be: then the loops'
+        # bits on several threads (test_threads.py) are the check that is left.
         pytest.skip(f"no programs with the thread sanitizer here: {error}")
     return compiler, folder
 
