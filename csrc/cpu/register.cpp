@@ -95,8 +95,8 @@ int64_t processors() {
   return std::numeric_limits<int64_t>::max();
 }
 
-// The most rows of the batch for each thread with which a team was faster than sharing them out; and
-// the arithmetic of a step, for each thread, that is worth a meeting.
+// The most rows of the batch for each thread with which a team was faster than sharing them out;
+// and the arithmetic of a step, for each thread, that is worth a meeting.
 constexpr int64_t kRowsTogether = 3;
 constexpr double kFlopsPerMeeting = 2.5e5;
 
