@@ -365,3 +365,30 @@ def layer(
     h, c, h_n, c_n, _ = _run(cell, reverse, how, control, rows, h_mask, keep, *tensors)
     has_c = cell.states == 2
     return h, c if has_c and c.dim() > 1 else None, h_n, c_n if has_c else None
+
+
+def plain_layer(
+    cell: Cell,
+    reverse: bool,
+    grad: bool,
+    x: Tensor,
+    states: tuple[Tensor | None, Tensor | None],
+    weights: tuple[Tensor | None, ...],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output and final states of :func:`layer`, of a dense input that only autograd watches.
+
+    Args:
+        grad: a gradient is needed.
+        states: h and c (of other cells anything) that enter, ``[N,*]``, or ``None``: zeros.
+        weights: ``w_ih, w_hh, b_ih, b_hh, w_hr``, and what is not read.
+    """
+    (h0, c0), (w_ih, w_hh, b_ih, b_hh, w_hr, *_) = states, weights
+    inputs = (x, w_ih, b_ih, w_hh, b_hh, h0, c0 if cell.states == 2 else None)
+    if grad:
+        how = How(ops, False, False, (0, False))
+        found = _Layer.apply(cell, reverse, how, None, None, None, None, *inputs, w_hr)
+    else:
+        options = (None, None, w_hr, None, None, 0, False)
+        found = ops.layer(cell.id, *inputs, reverse, False, *options)
+    h, _, h_n, c_n, _ = found
+    return h, (h_n, c_n) if cell.states == 2 else (h_n,)

@@ -90,6 +90,11 @@ def rnn(
         RuntimeError: T is 0; tensors on different devices or of different dtypes; or the backend
             asked for cannot run this.
     """
+    if options is None and batch_sizes is None and type(cell) is Cell and _is_plain():
+        p = dropout if training else 0.0
+        found = _plain_rnn(cell, input, states, weights, 2 if bidirectional else 1, p, backend)
+        if found is not None:
+            return *found, None
     problem = describe(cell, input, states, weights, batch_sizes, bidirectional, options)
     if options is not None and options.weight_dropout:
         p = options.weight_dropout
@@ -160,10 +165,7 @@ def rnn(
             states_after = list(map(loop.leave, states_after, reverses))
         finals += states_after
         input = joined(outputs)
-    stacked = (
-        torch.stack(s) if len(s) > 1 else s[0].unsqueeze(0) for s in zip(*finals, strict=True)
-    )
-    results = tuple(map(cast, stacked, dtypes))
+    results = tuple(map(cast, _stacked(finals), dtypes))
     if options is None or loop is None:
         return cast(input, dtypes[0]), results, None
     if options.last_step_only:
@@ -175,6 +177,50 @@ def rnn(
     return cast(output, dtypes[0]), results, c
 
 
+def _plain_rnn(
+    cell: Cell,
+    input: Tensor,
+    states: States | None,
+    weights: Sequence[Weights],
+    directions: int,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, States] | None:
+    """:func:`rnn` for the common case: dense sequences on the CPU that only autograd watches, all
+    of one dtype, without options. ``None`` where it is another one.
+
+    A call usually finds the caches full of something else, and each line of Python then costs
+    microseconds: this has no more of them than the case needs.
+    """
+    dtype, grad = input.dtype, False
+    for tensors in ((input,), states or (), *weights):
+        for x in tensors:
+            if x is not None:
+                if x.dtype is not dtype or not x.is_cpu:
+                    return None
+                grad = grad or x.requires_grad
+    grad = grad and torch.is_grad_enabled()
+    (T, N, I), (_, w_hh, *_, w_hr) = input.shape, weights[0][:5]  # noqa: E741
+    sizes = (T, N, I, w_hh.size(0) // cell.gates, 0 if w_hr is None else w_hr.size(0))
+    layers = len(weights) // directions
+    problem = Problem(cell.name, dtype, "cpu", *sizes, layers, directions, grad, False, False)
+    chosen = select(problem, requested(backend))
+    if T == 0 or not hasattr(chosen, "plain_layer"):
+        return None
+    finals: list[States] = []
+    for first in range(0, len(weights), directions):
+        if first and dropout:
+            input = torch.dropout(input, dropout, True)
+        outputs = []
+        for k in range(first, first + directions):
+            before = (None, None) if states is None else (states[0][k], states[-1][k])
+            h, final = chosen.plain_layer(cell, k > first, grad, input, before, weights[k])
+            outputs.append(h)
+            finals.append(final)
+        input = joined(outputs)
+    return input, tuple([s if s.dtype is dtype else s.to(dtype) for s in _stacked(finals)])
+
+
 def refuse(problem: Problem) -> NoReturn:
     """Where torch.nn has no module that could refuse in its own words."""
     if problem.T == 0:
@@ -183,6 +229,13 @@ def refuse(problem: Problem) -> NoReturn:
         "fused_rnn: input, states and parameters must be on one device and of one dtype; move them "
         "with .to(...)"
     )
+
+
+def _stacked(finals: Sequence[States]) -> States:
+    """The final states of all layers and directions, ``[L*D,N,*]``."""
+    if len(finals) == 1:
+        return tuple([s.unsqueeze(0) for s in finals[0]])
+    return tuple(map(torch.stack, zip(*finals, strict=True)))
 
 
 def joined(directions: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ def chosen(module, input=None, hx=None):
     return fused_rnn.explain(module, input, hx).backend
 
 
-ENTRIES = ("layer", "stack", "cell_step", "small_step")
+ENTRIES = ("layer", "plain_layer", "stack", "cell_step", "small_step")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ A backend is a module here with ``NAME``, ``available() -> str | None`` and
 algorithm), and one or more of
 
 - ``layer(...)``: one layer in one direction over all steps;
+- ``plain_layer(...)``: the same on the CPU for the common case, in few lines, beside a ``layer``;
 - ``both(...)``: both directions of a layer in one call, beside a ``layer``;
 - ``norm_layer(...)``: the same for a cell with layer norms;
 - ``stack(...)``: all layers and directions in one call;
@@ -168,15 +169,10 @@ def faster_than_torch(problem: Problem) -> bool:
     """
     if problem.T == 0:
         return cpu.is_small(problem)
-    onednn = (
-        problem.cell == "lstm"
-        and problem.dtype is float32
-        and problem.P == 0
-        and not problem.packed
-        and mkldnn.is_available()
-        and mkldnn.enabled
-    )
-    return problem.grad or problem.N < 32 or problem.H > 384 or not onednn
+    if problem.cell != "lstm" or problem.grad or problem.N < 32 or problem.H > 384:
+        return True
+    onednn = problem.dtype is float32 and problem.P == 0 and not problem.packed
+    return not (onednn and mkldnn.is_available() and mkldnn.enabled)
 
 
 def refusal(backend: ModuleType, problem: Problem) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .. import native
-from ..autograd import layer, step
+from ..autograd import layer, plain_layer, step
 from ..cells import CELLS, Cell, States
 from ..norm_autograd import norm_layer
 
@@ -24,6 +24,7 @@ __all__ = [
     "is_small",
     "layer",
     "norm_layer",
+    "plain_layer",
     "supports",
 ]
 

@@ -1,0 +1,121 @@
+"""The common case takes a short way, ``functional._plain_rnn``: the general one's results, bit for
+bit, and nothing else goes there."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from numerics import DTYPES, grid
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from twins import H, I, P, states, step, twins
+
+from fused_rnn import functional
+from fused_rnn.backends import cpu
+from fused_rnn.cells import CELLS
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """The layers that went the short way, as they come."""
+    seen, real = [], cpu.plain_layer
+
+    def plain_layer(*operands):
+        seen.append(operands)
+        return real(*operands)
+
+    monkeypatch.setattr(cpu, "plain_layer", plain_layer)
+    return seen
+
+
+@grid(
+    lambda kind, proj_size, **_: not proj_size or kind == "lstm",
+    kind=CELLS, dtype=DTYPES, num_layers=(1, 3), bidirectional=(False, True), bias=(True, False),
+    proj_size=(0, P), dropout=(0.0, 0.4), given=(True, False), training=(True, False),
+    batch_first=(False, True),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
+def test_the_short_way_gives_the_bits_of_the_general_one(
+    kind, dtype, num_layers, bidirectional, bias, proj_size, dropout, given, training, batch_first,
+    plain, monkeypatch,
+):  # fmt: skip
+    options = {"proj_size": proj_size} if proj_size else {}
+    options |= {"num_layers": num_layers, "bias": bias, "batch_first": batch_first}
+    options |= {"dropout": dropout, "bidirectional": bidirectional}
+    _, module = twins(kind, dtype=dtype, **options)
+    module.train(training)
+    input = torch.randn(3, 7, I, dtype=dtype)
+    hx = states(kind, module, 3 if batch_first else 7, dtype=dtype) if given else None
+    short = step(module, input, hx, seed=5)
+    assert len(plain) == num_layers * (1 + bidirectional)
+    monkeypatch.setattr(functional, "_is_plain", lambda: False)
+    general = step(module, input, hx, seed=5)
+    assert len(plain) == num_layers * (1 + bidirectional), "the general way was not taken"
+    assert list(short) == list(general)
+    for name, value in general.items():
+        assert short[name].dtype is value.dtype, name
+        assert torch.equal(short[name], value), name
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+OTHERS = {
+    "autocast": lambda m, x: torch.autocast("cpu", torch.bfloat16),
+    "a dispatch mode": lambda m, x: Watching(),
+    "forward-mode AD": lambda m, x: forward_ad.dual_level(),
+}
+
+
+@grid(kind=CELLS, other=OTHERS)
+def test_what_has_to_see_each_operation_takes_the_general_way(kind, other, plain):
+    _, module = twins(kind)
+    x = torch.randn(4, 3, I)
+    with OTHERS[other](module, x):
+        module(x)
+    assert not plain
+    module(x)
+    assert plain
+
+
+@grid(kind=CELLS, transform=("grad", "vmap", "trace"))
+def test_transforms_take_the_general_way(kind, transform, plain):
+    _, module = twins(kind)
+    x = torch.randn(4, 3, I)
+    with torch.no_grad() if transform == "trace" else nullcontext():
+        if transform == "grad":
+            torch.func.grad(lambda x: module(x)[0].sum())(x)
+        elif transform == "vmap":
+            torch.func.vmap(lambda x: module(x)[0])(x.expand(2, 4, 3, I))
+        else:
+            torch.jit.trace(module, x, check_trace=False)
+    assert not plain
+
+
+@grid(
+    kind=CELLS,
+    asked=("lengths", "tbptt", "reverse", "zoneout", "recurrent_dropout", "packed", "unlike"),
+)
+def test_options_and_other_layouts_take_the_general_way(kind, asked, plain):
+    own = {"reverse": {"direction": "reverse"}, "zoneout": {"zoneout": 0.2}}
+    own["recurrent_dropout"] = {"recurrent_dropout": 0.2}
+    _, torchs = twins(kind)
+    module = type(torchs)(I, H, **own.get(asked, {}))
+    x, call = torch.randn(4, 3, I), {"lengths": {"lengths": [4, 2, 1]}, "tbptt": {"tbptt": 2}}
+    if asked == "packed":
+        x = torch.nn.utils.rnn.pack_padded_sequence(x, [4, 2, 1])
+    if asked == "unlike":
+        with pytest.raises(RuntimeError):
+            module(x, states(kind, module, 3, dtype=torch.float64))
+    else:
+        module(x, **call.get(asked, {}))
+    assert not plain
+
+
+@grid(kind=CELLS, backend=("torch", "reference"))
+def test_other_backends_have_no_short_way(kind, backend, plain):
+    _, module = twins(kind, backend=backend)
+    module(torch.randn(4, 3, I))
+    assert not plain
