@@ -26,6 +26,10 @@ ops = torch.ops.fused_rnn
 # What rounding does to a row without variance is multiplied by 1 / sqrt(eps), from step to step,
 # torch's and ours: with torch's 1e-5 one random problem says little of the next.
 EPS = 1e-2
+# A small h that is brought to size 1 brings its rounding along. With gains around 1 an LSTM's steps
+# multiplied it to 100 ulp, torch's as ours, in one random problem and not in the next; with these
+# torch's largest errors stay below 10 ulp.
+GAIN = 0.5
 NORMS = ("gain", "bias", "c_gain", "c_bias")
 # The last one is of several chunks.
 SHAPES = ((7, 5, 33), (1, 1, 8), (3, 2, 3), (4, 130, 16))
@@ -58,7 +62,8 @@ def make_norm_problem(cell, dtype, shape, *, bias=True, **options):
     sizes = (spec.gates * shape[2], shape[2] if spec.states == 2 else 0)
     for name, size in zip(NORMS, (sizes[0], *sizes, sizes[1]), strict=True):
         wanted = size and (bias or "gain" in name)
-        operands[name] = ("gain" in name) + 0.3 * torch.randn(size) if wanted else None
+        around = GAIN if "gain" in name else 0.0
+        operands[name] = around + 0.15 * torch.randn(size) if wanted else None
     problem = NormProblem(spec, *shape, operands, base.grads, base.options)
     return problem.to(dtype)
 
