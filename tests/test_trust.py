@@ -30,6 +30,7 @@ FORMS = {
     "one row": {"N": 1},
     "packed": {"packed": True},
     "both directions": {"directions": 2, "N": 150},
+    "a cell": {"T": 0},
 }
 
 
@@ -38,8 +39,8 @@ def nothing_found(monkeypatch):
     monkeypatch.setattr(trust, "_FOUND", {})
 
 
-def stand_in(layer=cpu.layer):
-    return SimpleNamespace(NAME="stand-in", layer=layer)
+def stand_in(layer=cpu.layer, cell_step=cpu.cell_step):
+    return SimpleNamespace(NAME="stand-in", layer=layer, cell_step=cell_step)
 
 
 @grid(cell=CELLS, dtype=[d for d in DTYPES if d != torch.float64], grad=(True, False), form=FORMS)
@@ -79,6 +80,16 @@ def none_at_all(*arguments, **options):
 )
 def test_what_is_wrong_is_doubted(layer, sentence):
     assert re.match(sentence, doubts(stand_in(layer), problem()))
+
+
+def test_a_wrong_cell_is_doubted_and_the_sequence_is_not():
+    def off(*arguments):
+        h, c = cpu.cell_step(*arguments)
+        return h, c * 1.2
+
+    backend = stand_in(cell_step=off)
+    assert "c_n is" in doubts(backend, problem(T=0))
+    assert doubts(backend, problem()) is None
 
 
 def wrong_backwards(*arguments, reverse=False, **options):
@@ -161,11 +172,12 @@ def test_each_size_is_compared_once_and_never_where_somebody_watches():
     assert len(calls) == 2
 
 
-def test_auto_takes_torch_nn_where_there_are_doubts(monkeypatch):
+@grid(T=(7, 0))
+def test_auto_takes_torch_nn_where_there_are_doubts(T, monkeypatch):
     monkeypatch.setattr(triton, "UNAVAILABLE", None)
     monkeypatch.setattr(triton, "INTERPRETS", False)
     monkeypatch.setattr(cuda, "available", lambda: "there is no library")
-    on_gpu = problem(device="cuda")
+    on_gpu = problem(device="cuda", T=T)
     found = {}
 
     def told(backend, asked):
@@ -179,4 +191,3 @@ def test_auto_takes_torch_nn_where_there_are_doubts(monkeypatch):
     chosen, why = backends.choose(on_gpu, "auto")
     assert chosen is torch_nn
     assert why.endswith("Triton's kernels: h_n is off")
-    assert backends.choose(problem(device="cuda", T=0), "auto")[0] is torch_nn

@@ -213,11 +213,12 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
             ours, why = cuda.faster_than_torch(problem, cudnn.allows_tf32(), cudnn_runs)
             return cuda if ours else torch_nn, why
         if problem.device != "cpu" and refusal(triton, problem) is None:
-            if problem.T == 0:
-                return torch_nn, "the CUDA library cannot run this; torch's cells are fused, too"
             doubt = doubts(triton, problem)
             if doubt is None:
-                return triton, "the CUDA library cannot run this; two steps were the reference's"
+                return (
+                    triton,
+                    "the CUDA library cannot run this; a trial gave the reference's results",
+                )
             return torch_nn, f"the CUDA library cannot run this, and Triton's kernels: {doubt}"
         return torch_nn, "the native loop cannot run this, torch.nn can"
     if refusal(cuda, problem) is None:

@@ -1,8 +1,9 @@
 """Whether kernels may be trusted where nobody has asked for them.
 
 A GPU, its driver and its compiler make code that nobody has seen before. So before ``auto`` takes
-kernels that are compiled where they run, they take two steps of the problem's size beside the
-reference, once a process. What no trial can save is a kernel that takes the GPU down with it.
+kernels that are compiled where they run, they take two steps of the problem's size (a cell's: one)
+beside the reference, once a process. What no trial can save is a kernel that takes the GPU down
+with it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _FOUND: dict[tuple[object, ...], str | None] = {}
 
 
 def doubts(backend: ModuleType, problem: Problem) -> str | None:
-    """Why ``backend`` is not to be trusted with ``problem``, of several steps, or None."""
+    """Why ``backend`` is not to be trusted with ``problem``, or None."""
     p = problem._replace(N=min(problem.N, ROWS + problem.N % ROWS))
     tf32 = p.dtype == torch.float32 and cudnn.allows_tf32()
     key: tuple[object, ...] = (backend.NAME, p.cell, p.dtype, p.device, p.ordinal, p.N, p.I, p.H)
-    key += (p.directions, p.packed, p.grad, tf32)
+    key += (p.T == 0, p.directions, p.packed, p.grad, tf32)
     if key not in _FOUND:
         if _len_torch_dispatch_stack() or _get_tracing_state():
             return "not compared yet, and something watches each operation"
@@ -60,7 +61,7 @@ def _disagreement(backend: ModuleType, p: Problem) -> str | None:
         values = torch.rand(size, generator=generator, device=device) * 2 - 1
         return (scale * values).to(p.dtype)
 
-    gates, states = CELLS[p.cell].gates * p.H, CELLS[p.cell].states
+    steps, gates, states = 2 if p.T else 1, CELLS[p.cell].gates * p.H, CELLS[p.cell].states
     # None of the caller's contexts shall see it: hooks of a checkpoint, say.
     with (
         DisableTorchFunction(),
@@ -68,7 +69,7 @@ def _disagreement(backend: ModuleType, p: Problem) -> str | None:
         torch.inference_mode(False),
         torch.autocast(p.device, enabled=False),
     ):
-        operands = {"x": draw(2 * p.N, p.I) if p.packed else draw(2, p.N, p.I)}
+        operands = {"x": draw(2 * p.N, p.I) if p.packed else draw(steps, p.N, p.I)}
         operands |= {name: draw(p.N, p.H) for name in ("h", "c")[:states]}
         operands["w_ih"] = draw(gates, p.I, scale=p.I**-0.5)
         operands["w_hh"] = draw(gates, p.H, scale=p.H**-0.5)
@@ -91,11 +92,15 @@ def _results(
         leaves = {name: x.detach().requires_grad_(p.grad) for name, x in operands.items()}
         x, h, c = leaves["x"], leaves["h"], leaves.get("c")
         w_ih, w_hh, b_ih, b_hh = (leaves[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh"))
-        rows = None
-        if p.packed:
-            rows = torch.arange(2 * p.N, dtype=torch.int32, device=x.device).view(2, p.N)
-        more = {"w_ih": w_ih, "b_ih": b_ih, "reverse": reverse, "rows": rows}
-        y, _, h_n, c_n = backend.layer(CELLS[p.cell], x, w_hh, b_hh, h, c, **more)
+        if p.T == 0 and backend is not reference:
+            h_n, c_n = backend.cell_step(CELLS[p.cell], x[0], h, c, w_ih, w_hh, b_ih, b_hh)
+            y = h_n.unsqueeze(0)
+        else:
+            rows = None
+            if p.packed:
+                rows = torch.arange(2 * p.N, dtype=torch.int32, device=x.device).view(2, p.N)
+            more = {"w_ih": w_ih, "b_ih": b_ih, "reverse": reverse, "rows": rows}
+            y, _, h_n, c_n = backend.layer(CELLS[p.cell], x, w_hh, b_hh, h, c, **more)
         results = {"output": y, "h_n": h_n} | ({} if c_n is None else {"c_n": c_n})
         if p.grad:
             total = sum(result.double().sum() for result in results.values())
