@@ -1,6 +1,8 @@
 """torch.export, torch.jit.trace and FX."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import nn
 from torch.export import Dim
 from torch.testing import assert_close
 from twins import MODULE_KINDS, H, I, P, states, twins
+
+import fused_rnn
 
 # Tracing says that it is on the way out, and that sizes which are only checked become constants.
 pytestmark = [
@@ -71,6 +75,42 @@ def test_export_with_dynamic_sizes(kind, form, given):
         expected = ours(input, hx)
         assert_close(exported.module()(input, hx), expected)
         assert_close(again(input, hx), expected)
+
+
+LOADER = """
+import sys
+import torch
+import fused_rnn  # has the ops that the package calls
+
+package, cases = sys.argv[1:]
+run = torch._inductor.aoti_load_package(package)
+for inputs, expected in torch.load(cases):
+    torch.testing.assert_close(run(*inputs), expected)
+"""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_an_aotinductor_package_runs_in_another_process(tmp_path):
+    """Cure: import fused_rnn where it is loaded."""
+
+    class Ragged(Head):
+        def forward(self, x, lengths):
+            return self.linear(self.rnn(x, lengths=lengths)[0])
+
+    model = Ragged(fused_rnn.GRU(I, H, 2, bidirectional=True), 2 * H).eval()
+    cases = [(torch.randn(t, n, I), torch.randint(t + 1, (n,))) for t, n in SIZES]
+    T, N = Dim("T", min=2, max=4096), Dim("N", min=2, max=4096)
+    with torch.no_grad():
+        exported = torch.export.export(model, cases[0], dynamic_shapes=({0: T, 1: N}, {0: N}))
+        package = str(tmp_path / "model.pt2")
+        torch._inductor.aoti_compile_and_package(exported, package_path=package)
+        torch.save([(inputs, model(*inputs)) for inputs in cases], tmp_path / "cases.pt")
+    command = [sys.executable, "-c", LOADER, package, tmp_path / "cases.pt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    without = LOADER.replace("import fused_rnn", "import math")
+    done = subprocess.run([*command[:2], without, *command[3:]], capture_output=True, check=False)
+    assert done.returncode != 0
 
 
 def test_export_of_a_projected_lstm():
