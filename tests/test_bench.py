@@ -241,11 +241,17 @@ def test_unknown_providers_are_refused(name):
 
 def test_peers_are_found_by_import(monkeypatch):
     module = SimpleNamespace(GRU=nn.GRU)
-    monkeypatch.setitem(sys.modules, providers.PEERS["torchrl"], module)
+    path = "torchrl.modules.tensordict_module.rnn"
+    monkeypatch.setitem(sys.modules, path, module)
     assert find("torchrl").namespace is module
-    monkeypatch.setitem(sys.modules, providers.PEERS["torchrl"], None)
-    with pytest.raises(ValueError, match="'torchrl' cannot be imported"):
-        find("torchrl")
+    for name, missing in {
+        "torchrl": path,
+        "haste": "haste_pytorch",
+        "flashrnn": "flashrnn",
+    }.items():
+        monkeypatch.setitem(sys.modules, missing, None)
+        with pytest.raises(ValueError, match=f"'{name}' cannot be imported"):
+            find(name)
 
 
 @pytest.mark.parametrize("asked", [False, True])

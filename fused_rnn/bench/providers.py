@@ -1,6 +1,5 @@
 """Who runs a workload: fused_rnn on each backend, torch.nn, a plain loop, other packages."""
 
-import importlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,10 +9,9 @@ from torch import nn
 import fused_rnn
 
 from ..backends import check_name
+from . import peers
 from .workloads import Case, Workload, make_cases
 
-PEERS = {"torchrl": "torchrl.modules.tensordict_module.rnn"}
-"""Modules of other packages whose classes take torch.nn's arguments and ``state_dict``."""
 KNOWN = (
     "fused_rnn[:backend[:algorithm]]",
     "recompute",
@@ -22,7 +20,7 @@ KNOWN = (
     "torch.compile",
     "loop",
     "plain",
-    *PEERS,
+    *peers.NAMES,
 )
 MOST_COMPILED_STEPS = 64
 """torch.compile unrolls the loop; the compiler's time grows with it, and for more steps too far."""
@@ -60,6 +58,8 @@ class Provider:
             return f"{'a single step' if w.mode == 'step' else 'this'} has nothing to compute again"
         if self.compiles and w.task:
             return "what people write is compared as they write it"
+        if isinstance(self.namespace, peers.Peer):
+            return self.namespace.refusal(w)
         if self.plain and not w.task:
             return "there is no task to do in torch.nn's way"
         if self.compiles and w.T > MOST_COMPILED_STEPS:
@@ -120,9 +120,9 @@ def find(name: str) -> Provider:
     if name in ("loop", "torch.compile"):
         loop = {"backend": "reference"}
         return Provider(name, fused_rnn, loop, compiles=name == "torch.compile")
-    if name not in PEERS:
+    if base not in peers.NAMES or (backend and base != "flashrnn"):
         raise ValueError(f"unknown provider {name!r}: expected one of {', '.join(KNOWN)}")
     try:
-        return Provider(name, importlib.import_module(PEERS[name]))
+        return Provider(name, peers.find(name))
     except ImportError as error:
         raise ValueError(f"provider {name!r} cannot be imported: {error}; install it") from error

@@ -288,6 +288,9 @@ class Case:
         gradients = self._backward(outputs, [*self.leaves.values()])
         wheres = (f"d {name}" for name in self.leaves)
         found = dict(zip(wheres, gradients, strict=True))
+        # Of parameters in a layout of their own.
+        as_torch: Any = getattr(self.module, "as_torch", lambda gradients: gradients)
+        found = as_torch(found)
         return dict(zip(names, outputs, strict=False)) | together(found)
 
 
