@@ -378,13 +378,13 @@ def plain_layer(
     """The output and final states of :func:`layer`, of a dense input that only autograd watches.
 
     Args:
-        grad: a gradient is needed.
+        grad: gradients may be needed; whether these operands need any is looked at here.
         states: h and c (of other cells anything) that enter, ``[N,*]``, or ``None``: zeros.
         weights: ``w_ih, w_hh, b_ih, b_hh, w_hr``, and what is not read.
     """
     (h0, c0), (w_ih, w_hh, b_ih, b_hh, w_hr, *_) = states, weights
     inputs = (x, w_ih, b_ih, w_hh, b_hh, h0, c0 if cell.states == 2 else None)
-    if grad:
+    if grad and any(t is not None and t.requires_grad for t in (*inputs, w_hr)):
         how = How(ops, False, False, (0, False))
         found = _Layer.apply(cell, reverse, how, None, None, None, None, *inputs, w_hr)
     else:

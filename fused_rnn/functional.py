@@ -192,6 +192,8 @@ def _plain_rnn(
     A call usually finds the caches full of something else, and each line of Python then costs
     microseconds: this has no more of them than the case needs.
     """
+    if input.size(0) == 0:
+        return None
     dtype, grad = input.dtype, False
     for tensors in ((input,), states or (), *weights):
         for x in tensors:
@@ -205,7 +207,7 @@ def _plain_rnn(
     layers = len(weights) // directions
     problem = Problem(cell.name, dtype, "cpu", *sizes, layers, directions, grad, False, False)
     chosen = select(problem, requested(backend))
-    if T == 0 or not hasattr(chosen, "plain_layer"):
+    if not hasattr(chosen, "plain_layer"):
         return None
     finals: list[States] = []
     for first in range(0, len(weights), directions):
@@ -272,7 +274,7 @@ def step(
         try:
             shapes = (input.shape, weights[1].shape)
             # A trial of Triton's kernels may say "not yet", and remembers its results itself.
-            settled = input.is_cpu or cuda.available() is None
+            settled = input.is_cpu or name != "auto" or cuda.available() is None
             find = _cell_step if settled else _cell_step.__wrapped__
             cell_step = find(cell.name, input.dtype, input.device, shapes, grad, name)
             if cell_step is not None:

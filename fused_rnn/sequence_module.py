@@ -327,8 +327,8 @@ class SequenceModule(RNNBase):
                 batch = data.size(1) if batch_sizes is None else int(batch_sizes[0])
             states = self._start(batch)
         options = None
-        special = self.direction == "reverse" or self.recompute or self._flow is not None
-        special = special or self.zoneout != 0 or self._is_regularised
+        special = self.direction == "reverse" or self.zoneout != 0 or self._is_regularised
+        special = special or self._recomputes or self._is_watched
         if asked is not None or rows is not None or special:
             options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
@@ -383,10 +383,9 @@ class SequenceModule(RNNBase):
 
     def _weights(self) -> list[Weights]:
         """The weights of each layer and direction, each read once, by name."""
-        weights, own = [], self._parameters
+        weights = []
         for names in self._all_weights:
-            # Not there: whatever replaces it, a parametrization or a replica's tensor.
-            read: list[Any] = [own[n] if n in own else getattr(self, n) for n in names]
+            read = [getattr(self, name) for name in names]
             w_hr = read.pop() if self.proj_size else None
             b_ih, b_hh = read[2:] or (None, None)
             weights.append(Weights(read[0], read[1], b_ih, b_hh, w_hr))
@@ -398,7 +397,7 @@ class SequenceModule(RNNBase):
 
     @property
     def _is_regularised(self) -> bool:
-        return (self.recurrent_dropout > 0 or self.weight_dropout > 0) and self.training
+        return self.training and (self.recurrent_dropout > 0 or self.weight_dropout > 0)
 
     @property
     def _zoneout(self) -> tuple[float, ...]:

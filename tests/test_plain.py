@@ -2,15 +2,16 @@
 bit, and nothing else goes there."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from numerics import DTYPES, grid
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from twins import H, I, P, states, step, twins
+from twins import H, I, P, states, step, tensors, twins
 
-from fused_rnn import functional
+from fused_rnn import autograd, functional
 from fused_rnn.backends import cpu
 from fused_rnn.cells import CELLS
 
@@ -46,15 +47,51 @@ def test_the_short_way_gives_the_bits_of_the_general_one(
     module.train(training)
     input = torch.randn(3, 7, I, dtype=dtype)
     hx = states(kind, module, 3 if batch_first else 7, dtype=dtype) if given else None
-    short = step(module, input, hx, seed=5)
-    assert len(plain) == num_layers * (1 + bidirectional)
+
+    def results():
+        with torch.no_grad():
+            torch.manual_seed(5)
+            without = dict(enumerate(tensors(module(input, hx))))
+        return step(module, input, hx, seed=5) | without
+
+    short, layers = results(), 2 * num_layers * (1 + bidirectional)
+    assert len(plain) == layers
     monkeypatch.setattr(functional, "_is_plain", lambda: False)
-    general = step(module, input, hx, seed=5)
-    assert len(plain) == num_layers * (1 + bidirectional), "the general way was not taken"
+    general = results()
+    assert len(plain) == layers, "the general way was not taken"
     assert list(short) == list(general)
     for name, value in general.items():
         assert short[name].dtype is value.dtype, name
         assert torch.equal(short[name], value), name
+
+
+@grid(kind=CELLS, frozen=("weight_ih_l0", "l0", "l1", "reverse"), plainly=(True, False))
+def test_only_layers_with_a_gradient_save_for_it(kind, frozen, plainly, monkeypatch):
+    _, module = twins(kind, num_layers=2, bidirectional=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    saved, real = [], autograd.ops
+
+    def layer(*operands):
+        saved.append(operands[9])
+        return real.layer(*operands)
+
+    monkeypatch.setattr(autograd, "ops", SimpleNamespace(layer=layer))
+    if not plainly:
+        monkeypatch.setattr(functional, "_is_plain", lambda: False)
+    module(torch.randn(4, 3, I))
+    reads_gradient = {"l0": [False, False, True, True], "l1": [True] * 4}
+    reads_gradient |= {"weight_ih_l0": [True] * 4, "reverse": [True, False, True, True]}
+    assert saved == reads_gradient[frozen]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "reference", "auto"])
+def test_no_steps_at_all_are_refused_as_torch_does(backend, plain):
+    module = twins("gru")[1]
+    module.backend = backend
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        module(torch.randn(0, 3, I))
+    assert not plain
 
 
 class Watching(TorchDispatchMode):

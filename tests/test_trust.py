@@ -9,7 +9,8 @@ from numerics import DTYPES, grid, needs_native
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from fused_rnn import backends
+import fused_rnn
+from fused_rnn import backends, functional
 from fused_rnn.backends import BACKENDS, cpu, cuda, torch_nn, triton, trust
 from fused_rnn.backends.trust import doubts
 from fused_rnn.cells import CELLS
@@ -90,6 +91,11 @@ def test_a_wrong_cell_is_doubted_and_the_sequence_is_not():
     backend = stand_in(cell_step=off)
     assert "c_n is" in doubts(backend, problem(T=0))
     assert doubts(backend, problem()) is None
+
+
+def test_a_cell_is_tried_as_a_sequence_too():
+    """Under autocast that is what runs it."""
+    assert "output is nan%" in doubts(stand_in(nan_somewhere), problem(T=0))
 
 
 def wrong_backwards(*arguments, reverse=False, **options):
@@ -191,3 +197,16 @@ def test_auto_takes_torch_nn_where_there_are_doubts(T, monkeypatch):
     chosen, why = backends.choose(on_gpu, "auto")
     assert chosen is torch_nn
     assert why.endswith("Triton's kernels: h_n is off")
+
+
+def test_a_choice_that_a_trial_may_change_is_not_kept(monkeypatch):
+    asked, select = [], functional.select
+    monkeypatch.setattr(functional, "select", lambda *a: (asked.append(a), select(*a))[1])
+    monkeypatch.setattr(cuda, "available", lambda: "there is no library")
+    functional._cell_step.cache_clear()
+    for device, backend, times in (("meta", "auto", 2), ("meta", "torch", 1), ("cpu", "auto", 1)):
+        cell = fused_rnn.GRUCell(5, 33, device=device, backend=backend)
+        for _ in range(2):
+            cell(torch.randn(3, 5, device=device), torch.randn(3, 33, device=device))
+        assert len(asked) == times
+        asked.clear()
