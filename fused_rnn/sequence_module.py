@@ -328,7 +328,8 @@ class SequenceModule(RNNBase):
             states = self._start(batch)
         options = None
         special = self.direction == "reverse" or self.zoneout != 0 or self._is_regularised
-        special = special or self._recomputes or self._is_watched
+        special = special or (self.recompute and self._recomputes)
+        special = special or (self._flow is not None and self._is_watched)
         if asked is not None or rows is not None or special:
             options = self._options(asked or Options(), input, data, rows)
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
