@@ -10,12 +10,15 @@ SANITIZED_TESTS := -m op
 # One process a core; PYTEST="-n 0 ..." runs all tests in one, as a debugger wants it.
 PYTEST_OPTIONS := --durations=20 -n auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: help bench test full sanitize cuda gpu-check dist docs lint format build compiled clean
+.PHONY: help bench sentinel test full sanitize cuda gpu-check dist docs lint format build compiled clean
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 bench: build  ## check against torch.nn, time against it, train a small language model
 	$(BIN)/python benchmarks/suite.py
+
+sentinel: build  ## whether speed against torch.nn was lost since the rows that are kept
+	$(BIN)/python benchmarks/sentinel.py
 
 test: build  ## run the tests
 	$(BIN)/pytest $(PYTEST_OPTIONS) $(PYTEST)

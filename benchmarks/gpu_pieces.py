@@ -79,8 +79,8 @@ LEFT_TO_CI = {
     for name in (
         *("backends", "bench", "benchmarks", "build", "char_lm", "compare", "cuda_build", "docs"),
         *("emulator", "examples", "export_trace", "gpu_check", "gpu_grid", "gradient_flow"),
-        *("isa", "norm", "norm_modules", "plan"),
-        *("plots", "profile", "real_models", "self_test", "streaming_sharded", "team"),
+        *("isa", "norm", "norm_modules", "peers", "plain", "plan"),
+        *("plots", "profile", "real_models", "self_test", "sentinel", "streaming_sharded", "team"),
         *("threads", "triton_compile", "trust", "tune"),
     )
 }

@@ -14,14 +14,20 @@ RESULTS = ROOT / "results"
 sys.path.append(str(ROOT.parent))
 
 
-def newest(folder: Path = RESULTS) -> Path:
-    """The latest complete run below ``folder``."""
+def complete(folder: Path = RESULTS) -> list[Path]:
+    """The complete runs below ``folder``, the latest first."""
     # Those of `make gpu-check` have names without a date.
     dated = [path for path in folder.rglob("*.csv") if re.match(r"\d{4}-\d\d-\d\d", path.stem)]
     files = [path for path in dated if not path.stem.endswith(("-part", "-losses"))]
+    return sorted(files, key=lambda path: path.name, reverse=True)
+
+
+def newest(folder: Path = RESULTS) -> Path:
+    """The latest complete run below ``folder``."""
+    files = complete(folder)
     if not files:
         raise FileNotFoundError(f"no results under {folder}: run `make bench` first")
-    return max(files, key=lambda path: path.name)
+    return files[0]
 
 
 def losses_path(rows: Path) -> Path:

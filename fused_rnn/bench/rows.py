@@ -196,7 +196,7 @@ def earlier(path: Path, origin: Provenance) -> list[Row]:
 
 def provenance(fused_rnn: Any, device: str = "cpu") -> Provenance:
     """Where this process measures. ``device`` is ``"cpu"`` or ``"cuda"``."""
-    cpu, cuda = device_name(), device == "cuda"
+    cuda = device == "cuda"
     # A module's own name, where Python was asked to run one.
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = (
@@ -205,13 +205,13 @@ def provenance(fused_rnn: Any, device: str = "cpu") -> Provenance:
     return Provenance(
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         commit=git_commit(),
-        device=torch.cuda.get_device_name() if cuda else cpu,
+        device=torch.cuda.get_device_name() if cuda else device_name(),
         python=platform.python_version(),
         torch=torch.__version__,
         fused_rnn=fused_rnn.__version__,
         build=build_info(fused_rnn),
         command=shlex.join(["python", *program, *sys.argv[1:]]),
-        cpu=cpu,
+        cpu=processor(),
         cudnn=str(torch.backends.cudnn.version() or "none"),
         driver=driver_version() if cuda else "",
         sources=source_hash(),
@@ -238,13 +238,24 @@ def build_info(fused_rnn: Any) -> str:
 
 def device_name() -> str:
     """Processor model and the cores this process may use, as ``Xeon Gold 6338, 2 cores``."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        model = found.group(1) if found else model
+    model = _cpuinfo("model name") or platform.processor() or platform.machine()
     model = re.sub(r"\((?:R|TM|r|tm)\)", "", model)
     return f"{' '.join(model.split())}, {cores()} cores"
+
+
+def processor() -> str:
+    """:func:`device_name`, and where Linux tells the family and model: a virtual machine may call
+    several processors by one name."""
+    told = [f"{name} {value}" for name in ("cpu family", "model") if (value := _cpuinfo(name))]
+    return ", ".join([device_name(), *told])
+
+
+def _cpuinfo(name: str) -> str:
+    """A line of the first processor in /proc/cpuinfo; empty where there is none."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1) if found else ""
 
 
 def cores() -> int:
