@@ -8,15 +8,15 @@ from torch import Tensor, is_grad_enabled
 from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNCellBase
 
-from . import functional
+from . import steps
 from .backends import Problem, check_name
 from .cells import CELLS, Cell, States
-from .functional import CellWeights
 from .sequence_module import fx_leaf, with_backend
+from .steps import CellWeights
 
 
 class CellModule(RNNCellBase):
-    """What the cells share: one step around :func:`functional.step`."""
+    """What the cells share: one step around :func:`steps.step`."""
 
     backend: str = "auto"
     _name: str  # in torch.nn's sentences
@@ -35,7 +35,7 @@ class CellModule(RNNCellBase):
         if input.dim() == 1:
             input = input.unsqueeze(0)
         states = (hx,) if isinstance(hx, Tensor) else hx
-        return functional.describe_step(self._cell, input, states, self._weights())
+        return steps.describe_step(self._cell, input, states, self._weights())
 
     def _weights(self) -> CellWeights:
         try:
@@ -46,7 +46,7 @@ class CellModule(RNNCellBase):
             return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
     def _step(self, input: Tensor, states: States | None) -> States:
-        return functional.step(self._cell, input, states, self._weights(), self.backend)
+        return steps.step(self._cell, input, states, self._weights(), self.backend)
 
     def _forward(self, input: Tensor, states: States | None) -> States:
         """One step on batched or unbatched input."""
@@ -69,7 +69,7 @@ class _OneStateCell(CellModule):
         """Run the module; arguments and results are those of torch.nn's module."""
         if type(hx) is Tensor and not is_grad_enabled():
             # The common case, at once.
-            stepped = functional.small_step(self._cell, input, (hx,), self._weights(), self.backend)
+            stepped = steps.small_step(self._cell, input, (hx,), self._weights(), self.backend)
             if stepped is not None:
                 return stepped[0]
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
@@ -161,7 +161,7 @@ class LSTMCell(CellModule):
         """Run the module; arguments and results are those of torch.nn's module."""
         if type(hx) is tuple and len(hx) == 2 and not is_grad_enabled():
             # The common case, at once.
-            stepped = functional.small_step(self._cell, input, hx, self._weights(), self.backend)
+            stepped = steps.small_step(self._cell, input, hx, self._weights(), self.backend)
             if stepped is not None:
                 return stepped
         if isinstance(input, Proxy) or isinstance(hx, Proxy):

@@ -7,8 +7,7 @@ torch.nn, which then refuses it in its own words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
@@ -25,7 +24,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .autograd import in_transform
-from .backends import LOG, SMALL_STEPS, Problem, algorithm, cuda, requested, select, torch_nn
+from .backends import Problem, algorithm, requested, select, torch_nn
 from .cells import Cell, States, carry_dtype
 from .norm_cells import NormCell
 from .sequences import Options, sent
@@ -47,11 +46,6 @@ class Weights(NamedTuple):
     g_hh: Tensor | None = None
     g_c: Tensor | None = None
     b_c: Tensor | None = None
-
-
-# The same of a cell, which has no projection. A plain tuple: the other takes longer to make than
-# a small step to find its kernel.
-CellWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 def rnn(
@@ -90,7 +84,7 @@ def rnn(
         RuntimeError: T is 0; tensors on different devices or of different dtypes; or the backend
             asked for cannot run this.
     """
-    if options is None and batch_sizes is None and type(cell) is Cell and _is_plain():
+    if options is None and batch_sizes is None and type(cell) is Cell and is_plain():
         p = dropout if training else 0.0
         found = _plain_rnn(cell, input, states, weights, 2 if bidirectional else 1, p, backend)
         if found is not None:
@@ -149,7 +143,7 @@ def rnn(
             entering = None if states is None else tuple(s[k] for s in states)
             if loop is not None:
                 entering = loop.enter(entering, k, reverse)
-            own = _operands(cell, input, entering, weights[k])
+            own = operands(cell, input, entering, weights[k])
             if loop is not None:
                 recurrent, hidden = weights[k].w_hh.size(1), problem.H
                 widths = (recurrent, hidden)[: cell.states]
@@ -160,7 +154,7 @@ def rnn(
             if options is not None and options.flow is not None:
                 own["dh_norm"] = options.flow.room(input, problem.dtype, loop)
             given.append({"reverse": reverse, **own})
-        outputs, cells, states_after = _layer(chosen, cell, input, given, rows=rows, **keywords)
+        outputs, cells, states_after = run_layer(chosen, cell, input, given, rows=rows, **keywords)
         if loop is not None:
             states_after = list(map(loop.leave, states_after, reverses))
         finals += states_after
@@ -245,80 +239,8 @@ def joined(directions: Sequence[Tensor]) -> Tensor:
     return directions[0] if len(directions) == 1 else torch.cat(tuple(directions), -1)
 
 
-def step(
-    cell: Cell, input: Tensor, states: States | None, weights: CellWeights, backend: str = "auto"
-) -> States:
-    r"""One step of one layer.
-
-    Args:
-        cell: one of :data:`fused_rnn.cells.CELLS`.
-        input: ``[N,I]``.
-        states: ``(h,)`` or ``(h, c)``, each ``[N,H]``. ``None``: zeros.
-        weights: ``w_ih, w_hh, b_ih, b_hh``.
-        backend: name of a backend, or ``"auto"``. Default: ``"auto"``
-
-    Returns:
-        the next states.
-
-    Raises:
-        RuntimeError: as :func:`rnn`.
-    """
-    if states is None:
-        states = (input.new_zeros(input.size(0), weights[1].size(1)),) * cell.states
-    grad = torch.is_grad_enabled() and needs_grad((input, *states, *weights))
-    if not grad and (stepped := small_step(cell, input, states, weights, backend)):
-        return stepped
-    h, c = states if cell.states == 2 else (states[0], None)
-    if _is_plain() and input.dtype is h.dtype is states[-1].dtype:
-        name = requested(backend)
-        try:
-            shapes = (input.shape, weights[1].shape)
-            # A trial of Triton's kernels may say "not yet", and remembers its results itself.
-            settled = input.is_cpu or name != "auto" or cuda.available() is None
-            find = _cell_step if settled else _cell_step.__wrapped__
-            cell_step = find(cell.name, input.dtype, input.device, shapes, grad, name)
-            if cell_step is not None:
-                return cell_step(cell, input, h, c, *weights)[: cell.states]
-        except (RuntimeError, IndexError):
-            check_step(cell, input, states, weights)
-            raise
-    check_step(cell, input, states, weights)
-    if c is h:
-        c = h.view_as(h)  # dynamo refuses a tensor that is two arguments of a Function
-    problem = describe_step(cell, input, states, weights)
-    chosen = select(problem, requested(backend))
-    if chosen is torch_nn or (hasattr(chosen, "cell_step") and autocast_dtype(input) is None):
-        return chosen.cell_step(cell, input, h, c, *weights)[: cell.states]
-    own = _operands(cell, input, (h,) if c is None else (h, c), Weights(*weights))
-    _, _, (final,) = _layer(chosen, cell, input.unsqueeze(0), [own])
-    return tuple(map(cast, final, result_dtypes(problem, input, states)))
-
-
-def small_step(
-    cell: Cell,
-    input: Tensor,
-    states: States,
-    weights: CellWeights | tuple[CellWeights, ...],
-    backend: str,
-) -> States | None:
-    """The next states as :func:`step` has them, where no gradient is needed, the step is small and
-    plain, and the backend has a kernel for it; else ``None``. With the weights of layers, states
-    are ``[L,N,H]``, and each layer's input is the next h of the one below."""
-    kernel = SMALL_STEPS.get(requested(backend))
-    if kernel is None or not _is_plain():
-        return None
-    stepped = kernel(cell, input, states, weights)
-    if LOG and stepped:
-        first: Any = weights[0] if isinstance(weights[0], tuple) else weights
-        select(describe_step(cell, input, states, first), requested(backend))
-    return stepped
-
-
-def _is_plain() -> bool:
-    """Whether nothing but autograd has to see each operation: no tracer, transform or autocast.
-
-    A step may then go straight to its kernel, whose own checks suffice.
-    """
+def is_plain() -> bool:
+    """Whether nothing but autograd has to see each operation: no tracer, transform or autocast."""
     return not (
         is_compiling()
         or _get_tracing_state()
@@ -330,42 +252,7 @@ def _is_plain() -> bool:
     )
 
 
-@lru_cache(maxsize=1024)
-def _cell_step(
-    cell: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    shapes: tuple[torch.Size, torch.Size],
-    grad: bool,
-    name: str,
-) -> Callable[..., Any] | None:
-    """The chosen backend's ``cell_step``: cached, because choosing takes longer than the step."""
-    (N, I), (_, H) = shapes  # noqa: E741
-    problem = Problem(cell, dtype, device.type, 0, N, I, H, 0, 1, 1, grad, False, False)
-    problem = problem._replace(ordinal=device.index or 0)
-    return getattr(select(problem, name), "cell_step", None)
-
-
-def check_step(cell: Cell, input: Tensor, states: States, weights: CellWeights) -> None:
-    """Refuse what torch.nn's cells refuse, in the same words."""
-    w_ih, w_hh, *_ = weights
-    (n, size), (_, expected), hidden = input.shape, w_ih.shape, w_hh.size(1)
-    if size != expected:
-        raise RuntimeError(f"input has inconsistent input_size: got {size} expected {expected}")
-    for k, state in enumerate(states):
-        if state.size(0) != n:
-            raise RuntimeError(
-                f"Input batch size {n} doesn't match hidden{k} batch size {state.size(0)}"
-            )
-        if state.size(1) != hidden:
-            raise RuntimeError(
-                f"hidden{k} has inconsistent hidden_size: got {state.size(1)}, expected {hidden}"
-            )
-    if not agree(input, (*states, *(x for x in weights if x is not None))):
-        torch_nn.cell_step(cell, input, states[0], states[-1], *weights)
-
-
-def _operands(cell: Cell, input: Tensor, states: States | None, w: Weights) -> dict[str, Any]:
+def operands(cell: Cell, input: Tensor, states: States | None, w: Weights) -> dict[str, Any]:
     """What one direction is given, by the names of a backend's ``layer``, in the dtype that
     autocast gives its GEMMs."""
     low = autocast_dtype(input)
@@ -384,7 +271,7 @@ def _operands(cell: Cell, input: Tensor, states: States | None, w: Weights) -> d
     return {"h0": h0, "c0": c0, **own}
 
 
-def _layer(
+def run_layer(
     chosen: ModuleType,
     cell: Cell,
     input: Tensor,
@@ -393,7 +280,7 @@ def _layer(
 ) -> tuple[list[Tensor], list[Any], list[States]]:
     """The outputs, cell states and final states of a layer, each by direction.
 
-    ``directions`` are what :func:`_operands` gives, and what acts in the loop. A transform has a
+    ``directions`` are what :func:`operands` gives, and what acts in the loop. A transform has a
     rule for one direction alone, and what is computed again is one direction's.
     """
     x = cast(input, autocast_dtype(input) or input.dtype)
@@ -517,31 +404,6 @@ def describe(
         transformed=transformed,
         vmapped=vmapped,
         options=(*asked, "layer_norm") if isinstance(cell, NormCell) else asked,
-        ordinal=input.device.index or 0,
-    )
-
-
-def describe_step(
-    cell: Cell, input: Tensor, states: States | None, weights: CellWeights
-) -> Problem:
-    """What :func:`step` asks of a backend: a problem of no steps."""
-    transformed, vmapped = transforms()
-    return Problem(
-        cell=cell.name,
-        dtype=autocast_dtype(input) or input.dtype,
-        device=input.device.type,
-        T=0,
-        N=input.size(0),
-        I=input.size(1),
-        H=weights[1].size(1),
-        P=0,
-        layers=1,
-        directions=1,
-        grad=needs_grad((input, *(states or ()), *weights)),
-        packed=False,
-        compiling=is_compiling(),
-        transformed=transformed,
-        vmapped=vmapped,
         ordinal=input.device.index or 0,
     )
 

@@ -17,7 +17,7 @@ from torch.fx.proxy import TraceError
 from torch.nn import Parameter, RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional
+from . import functional, steps
 from .backends import Problem, check_name
 from .cells import CELLS, Cell, States
 from .functional import Weights
@@ -264,7 +264,7 @@ class SequenceModule(RNNBase):
             if k and self.dropout and self.training:
                 x = torch.dropout(x, self.dropout, True)
             entering = None if states is None else tuple(s[k] for s in states)
-            layers.append(functional.step(cell, x, entering, w[:4], self.backend))
+            layers.append(steps.step(cell, x, entering, w[:4], self.backend))
             x = layers[-1][0]
         if len(layers) == 1:
             states = tuple(s.unsqueeze(0) for s in layers[0])
@@ -273,7 +273,7 @@ class SequenceModule(RNNBase):
         return x, states if self._has_cell_state else states[0]
 
     def _small_step(self, x: Tensor, states: States) -> States | None:
-        """As :func:`functional.small_step`, for all layers."""
+        """As :func:`steps.small_step`, for all layers."""
         cell, p = self._cell, self._parameters
         masked = self.zoneout or (self.dropout and self.training)
         if masked or self.proj_size or isinstance(cell, NormCell):
@@ -283,7 +283,7 @@ class SequenceModule(RNNBase):
             weights: Any = tuple([(*[p[name] for name in w], *none) for w in self._all_weights])
         except KeyError:  # parametrized
             return None
-        return functional.small_step(cell, x, states, weights, self.backend)
+        return steps.small_step(cell, x, states, weights, self.backend)
 
     def describe(self, input: Any, hx: Any = None, **asked: Any) -> Problem:
         """What a call with these arguments asks of a backend; see :func:`fused_rnn.explain`."""

@@ -56,7 +56,7 @@ def test_the_short_way_gives_the_bits_of_the_general_one(
 
     short, layers = results(), 2 * num_layers * (1 + bidirectional)
     assert len(plain) == layers
-    monkeypatch.setattr(functional, "_is_plain", lambda: False)
+    monkeypatch.setattr(functional, "is_plain", lambda: False)
     general = results()
     assert len(plain) == layers, "the general way was not taken"
     assert list(short) == list(general)
@@ -78,7 +78,7 @@ def test_only_layers_with_a_gradient_save_for_it(kind, frozen, plainly, monkeypa
 
     monkeypatch.setattr(autograd, "ops", SimpleNamespace(layer=layer))
     if not plainly:
-        monkeypatch.setattr(functional, "_is_plain", lambda: False)
+        monkeypatch.setattr(functional, "is_plain", lambda: False)
     module(torch.randn(4, 3, I))
     reads_gradient = {"l0": [False, False, True, True], "l1": [True] * 4}
     reads_gradient |= {"weight_ih_l0": [True] * 4, "reverse": [True, False, True, True]}

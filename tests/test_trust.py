@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_rnn
-from fused_rnn import backends, functional
+from fused_rnn import backends, steps
 from fused_rnn.backends import BACKENDS, cpu, cuda, torch_nn, triton, trust
 from fused_rnn.backends.trust import doubts
 from fused_rnn.cells import CELLS
@@ -200,10 +200,10 @@ def test_auto_takes_torch_nn_where_there_are_doubts(T, monkeypatch):
 
 
 def test_a_choice_that_a_trial_may_change_is_not_kept(monkeypatch):
-    asked, select = [], functional.select
-    monkeypatch.setattr(functional, "select", lambda *a: (asked.append(a), select(*a))[1])
+    asked, select = [], steps.select
+    monkeypatch.setattr(steps, "select", lambda *a: (asked.append(a), select(*a))[1])
     monkeypatch.setattr(cuda, "available", lambda: "there is no library")
-    functional._cell_step.cache_clear()
+    steps._cell_step.cache_clear()
     for device, backend, times in (("meta", "auto", 2), ("meta", "torch", 1), ("cpu", "auto", 1)):
         cell = fused_rnn.GRUCell(5, 33, device=device, backend=backend)
         for _ in range(2):
