@@ -215,10 +215,7 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
         if problem.device != "cpu" and refusal(triton, problem) is None:
             doubt = doubts(triton, problem)
             if doubt is None:
-                return (
-                    triton,
-                    "the CUDA library cannot run this; a trial gave the reference's results",
-                )
+                return triton, "the CUDA library cannot run this; a trial was as the reference"
             return torch_nn, f"the CUDA library cannot run this, and Triton's kernels: {doubt}"
         return torch_nn, "the native loop cannot run this, torch.nn can"
     if refusal(cuda, problem) is None:
