@@ -1,7 +1,7 @@
 """``make sentinel``: whether a change lost speed against torch.nn, on six shapes and one thread.
 
 Each shape's ratio is measured anew, as ``make bench`` measures it, and held against that of the
-latest run of ``make bench`` whose rows are kept for this processor and build. The exit status is 1
+latest run of ``make bench`` whose rows are kept for this processor, build and torch. The exit status is 1
 where it stays more than 30 % below in each of three tries, or where a result is wrong. On a
 processor without rows there is nothing to compare, and that is said.
 """
@@ -27,10 +27,11 @@ SENTINELS = (
     ("gru-step", "step"),
 )
 OURS = "fused_rnn"
+SAME = ("cpu", "build", "torch")
 
 
 def before(here: Provenance, folder: Path = results.RESULTS) -> tuple[Path, dict[object, Row]]:
-    """The latest run kept for a processor and build, and our rows in it.
+    """The latest run kept for a processor, build and torch, and our rows in it.
 
     Raises:
         LookupError: there is none.
@@ -38,9 +39,10 @@ def before(here: Provenance, folder: Path = results.RESULTS) -> tuple[Path, dict
     for path in results.complete(folder):
         found, there = rows.read(path)
         kept = {row.key: row for row in found if row.provider == OURS and row.ratio and row.counts}
-        if (there.cpu, there.build) == (here.cpu, here.build) and kept:
+        if kept and all(getattr(there, name) == getattr(here, name) for name in SAME):
             return path, kept
-    raise LookupError(f"no rows are kept of {here.cpu}, {here.build}: nothing to compare")
+    what = ", ".join(getattr(here, name) for name in SAME)
+    raise LookupError(f"no rows are kept of {what}: nothing to compare")
 
 
 def main() -> int:

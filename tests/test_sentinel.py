@@ -33,11 +33,12 @@ def write(folder, name, origin=ORIGIN, ratio=2.0):
     return path
 
 
-def test_the_latest_rows_of_this_processor_and_build_count(tmp_path):
+def test_the_latest_rows_of_this_processor_build_and_torch_count(tmp_path):
     write(tmp_path, "2026-01-02T000000Z.csv", ratio=3.0)
     latest = write(tmp_path, "2026-01-03T000000Z.csv")
     write(tmp_path, "2026-01-04T000000Z.csv", replace(ORIGIN, cpu="another"))
     write(tmp_path, "2026-01-05T000000Z.csv", replace(ORIGIN, build="another"))
+    write(tmp_path, "2026-01-06T000000Z.csv", replace(ORIGIN, torch="another"))
     path, kept = sentinel.before(ORIGIN, tmp_path)
     assert path == latest
     assert {row.ratio for row in kept.values()} == {2.0}

@@ -29,7 +29,8 @@ def find(name: str) -> Any:
 
 
 class Peer:
-    """A package of single layers: what stands for torch.nn, its classes, and for which cells."""
+    """A package of single layers, for some of the cells. It stands where torch.nn may stand, so its
+    methods have the names of torch.nn's classes."""
 
     cells: tuple[str, ...]
 
