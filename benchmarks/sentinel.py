@@ -1,9 +1,9 @@
 """``make sentinel``: whether a change lost speed against torch.nn, on six shapes and one thread.
 
 Each shape's ratio is measured anew, as ``make bench`` measures it, and held against that of the
-latest run of ``make bench`` whose rows are kept for this processor, build and torch. The exit status is 1
-where it stays more than 30 % below in each of three tries, or where a result is wrong. On a
-processor without rows there is nothing to compare, and that is said.
+latest run of ``make bench`` whose rows are kept for this processor, build and torch. The exit
+status is 1 where it stays more than 30 % below in each of three tries, or where a result is wrong.
+On a processor without rows there is nothing to compare, and that is said.
 """
 
 import sys
