@@ -258,6 +258,7 @@ def write_ninja(path: Path) -> None:
         headers = f"{torch_headers} {python_headers}"
         module = [
             compile_source("python.cpp", "python.o", headers, built_with),
+            compile_source("small_step.cpp", "small_step.o", headers),
             compile_source("plan_binding.cpp", "plan_binding.o", headers),
             compile_source("plan.cpp", "plan.o", ""),
         ]

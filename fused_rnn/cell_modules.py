@@ -14,6 +14,8 @@ from .cells import CELLS, Cell, States
 from .sequence_module import fx_leaf, with_backend
 from .steps import CellWeights
 
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
 
 class CellModule(RNNCellBase):
     """What the cells share: one step around :func:`steps.step`."""
@@ -41,7 +43,7 @@ class CellModule(RNNCellBase):
         try:
             # Where Module.__getattr__ would find them, at a quarter of its time.
             p: Any = self._parameters
-            return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]
+            return tuple([p[name] for name in WEIGHTS])
         except KeyError:
             return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
 
@@ -67,11 +69,13 @@ class _OneStateCell(CellModule):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
-        if type(hx) is Tensor and not is_grad_enabled():
+        if hx is not None and not is_grad_enabled():
             # The common case, at once.
-            stepped = steps.small_step(self._cell, input, (hx,), self._weights(), self.backend)
+            stepped = steps.small_step(
+                self._cell, input, hx, self._parameters, WEIGHTS, self.backend
+            )
             if stepped is not None:
-                return stepped[0]
+                return stepped
         if isinstance(input, Proxy) or isinstance(hx, Proxy):
             return fx_leaf(self, input, hx)
         self._check_dim("input", input)
@@ -159,9 +163,11 @@ class LSTMCell(CellModule):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> Any:
         """Run the module; arguments and results are those of torch.nn's module."""
-        if type(hx) is tuple and len(hx) == 2 and not is_grad_enabled():
+        if hx is not None and not is_grad_enabled():
             # The common case, at once.
-            stepped = steps.small_step(self._cell, input, hx, self._weights(), self.backend)
+            stepped = steps.small_step(
+                self._cell, input, hx, self._parameters, WEIGHTS, self.backend
+            )
             if stepped is not None:
                 return stepped
         if isinstance(input, Proxy) or isinstance(hx, Proxy):

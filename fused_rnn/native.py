@@ -38,7 +38,7 @@ def _no_small_step(*operands: object) -> None:
     return None
 
 
-def _connect() -> Callable[..., tuple[Tensor, ...] | None]:
+def _connect() -> Callable[..., Any]:
     """``_C.small_step``, told where the kernel is; without either, a function that declines."""
     try:
         from . import _C
@@ -47,7 +47,7 @@ def _connect() -> Callable[..., tuple[Tensor, ...] | None]:
     if UNAVAILABLE is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         return _no_small_step
     kernel = ctypes.cast(ctypes.CDLL(str(_LIBRARY)).fused_rnn_cell, ctypes.c_void_p).value
-    _C.connect(Tensor, torch.nn.Parameter, torch.empty_like, kernel)
+    _C.connect(Tensor, torch.nn.Parameter, kernel)
     return _C.small_step
 
 

@@ -225,13 +225,19 @@ class SequenceModule(RNNBase):
                 "weight_dropout have one for a whole sequence; call eval() first, or the module on "
                 "whole sequences"
             )
-        if type(state) is (tuple if self._has_cell_state else Tensor) and not is_grad_enabled():
+        cell = self._cell
+        if (
+            state is not None
+            and not is_grad_enabled()
+            and not (self.zoneout or (self.dropout and self.training) or self.proj_size)
+            and not isinstance(cell, NormCell)
+        ):
             # The common case, at once.
-            before: Any = state if self._has_cell_state else (state,)
-            after = self._small_step(x, before)
-            if after is not None:
-                y = after[0].squeeze(0) if self.num_layers == 1 else after[0][-1].clone()
-                return y, after if self._has_cell_state else after[0]
+            stepped = steps.small_step(
+                cell, x, state, self._parameters, self._all_weights, self.backend
+            )
+            if stepped is not None:
+                return stepped
         if not isinstance(x, Tensor) or x.dim() not in (1, 2):
             got = f"{x.dim()}D" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"fused_rnn: step expects x to be 2D [N,I] or 1D [I], got {got}")
@@ -239,7 +245,7 @@ class SequenceModule(RNNBase):
             one = state if state is None else _each(state, lambda s: s.unsqueeze(1))
             y, state = self.step(x.unsqueeze(0), one)
             return y.squeeze(0), _each(state, lambda s: s.squeeze(1))
-        weights, cell = self._weights(), self._cell
+        weights = self._weights()
         if state is None:
             states = self._start(x.size(0))
         else:
@@ -271,19 +277,6 @@ class SequenceModule(RNNBase):
         else:
             states = tuple(map(torch.stack, zip(*layers, strict=True)))
         return x, states if self._has_cell_state else states[0]
-
-    def _small_step(self, x: Tensor, states: States) -> States | None:
-        """As :func:`steps.small_step`, for all layers."""
-        cell, p = self._cell, self._parameters
-        masked = self.zoneout or (self.dropout and self.training)
-        if masked or self.proj_size or isinstance(cell, NormCell):
-            return None
-        none = () if self.bias else (None, None)
-        try:
-            weights: Any = tuple([(*[p[name] for name in w], *none) for w in self._all_weights])
-        except KeyError:  # parametrized
-            return None
-        return steps.small_step(cell, x, states, weights, self.backend)
 
     def describe(self, input: Any, hx: Any = None, **asked: Any) -> Problem:
         """What a call with these arguments asks of a backend; see :func:`fused_rnn.explain`."""

@@ -56,8 +56,10 @@ def step(
     if states is None:
         states = (input.new_zeros(input.size(0), weights[1].size(1)),) * cell.states
     grad = torch.is_grad_enabled() and needs_grad((input, *states, *weights))
-    if not grad and (stepped := small_step(cell, input, states, weights, backend)):
-        return stepped
+    if not grad:
+        stepped = small_step(cell, input, states, weights, None, backend)
+        if stepped is not None:
+            return stepped
     h, c = states if cell.states == 2 else (states[0], None)
     if is_plain() and input.dtype is h.dtype is states[-1].dtype:
         name = requested(backend)
@@ -85,22 +87,31 @@ def step(
 
 
 def small_step(
-    cell: Cell,
-    input: Tensor,
-    states: States,
-    weights: CellWeights | tuple[CellWeights, ...],
-    backend: str,
-) -> States | None:
-    """The next states as :func:`step` has them, where no gradient is needed, the step is small and
-    plain, and the backend has a kernel for it; else ``None``. With the weights of layers, states
-    are ``[L,N,H]``, and each layer's input is the next h of the one below."""
+    cell: Cell, input: Tensor, state: Any, weights: Any, names: Any, backend: str
+) -> Any:
+    """What :func:`step` computes, where no gradient is needed, the step is small and plain, and the
+    backend has a kernel for it; else ``None``.
+
+    Args:
+        cell, input, backend: as for :func:`step`.
+        state: ``(h, c)``, or of a cell without c ``(h,)`` or ``h``.
+        weights: as for :func:`step`; or where they have names, the dictionary that holds them.
+        names: of the weights, as a tuple, or ``None``. A list of those of L layers says that states
+            are ``[L,N,H]``, and that each layer's input is the next h of the one below.
+
+    Returns:
+        the next state, in the form of ``state``; for a list of names ``(y, state)``, with the last
+        layer's h, ``[N,H]``, as ``y``.
+    """
     kernel = SMALL_STEPS.get(requested(backend))
     if kernel is None or not is_plain():
         return None
-    stepped = kernel(cell, input, states, weights)
-    if LOG and stepped:
-        first: Any = weights[0] if isinstance(weights[0], tuple) else weights
-        select(describe_step(cell, input, states, first), requested(backend))
+    stepped = kernel(cell, input, state, weights, names)
+    if LOG and stepped is not None:
+        first = names[0] if isinstance(names, list) else names
+        four: Any = weights if names is None else tuple(weights[name] for name in first)
+        states = state if isinstance(state, tuple) else (state,)
+        select(describe_step(cell, input, states, four), requested(backend))
     return stepped
 
 

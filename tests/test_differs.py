@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import torch
 from devices import DEVICES, without_cudnn
-from numerics import grid
+from numerics import grid, needs_native
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.testing import assert_close
@@ -247,3 +247,18 @@ def test_flatten_parameters_does_nothing():
     lstm.flatten_parameters()
     assert lstm.weight_hh_l0.data_ptr() == storage[:, I:].data_ptr()
     assert_close(lstm(x), theirs(x))
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_the_results_of_small_steps_do_not_grow(name):
+    """Cure: clone."""
+    cell, state = getattr(fused_rnn, name)(I, H), torch.randn(1, H)
+    state = (state, state) if name == "LSTMCell" else state
+    with torch.no_grad():
+        stepped = cell(torch.randn(1, I), state)
+    h = stepped[0] if name == "LSTMCell" else stepped
+    with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):
+        h.resize_(2, H)
+    assert h.clone().resize_(2, H).shape == (2, H)
+    assert h.resize_(1).shape == (1,)

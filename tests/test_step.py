@@ -1,5 +1,7 @@
 """One step of a cell: the pointwise op, and the small step that is called by address."""
 
+import resource
+
 import pytest
 import torch
 from devices import DEVICES, device_of, there
@@ -216,6 +218,69 @@ def test_a_small_step_without_its_own_states_is_left_to_others(cell):
         assert cpu.small_step(CELLS[cell], x, states, tuple(weights)) is None
     assert cpu.small_step(CELLS[cell], x, (h,) * count, tuple(weights[:3])) is None
     assert len(cpu.small_step(CELLS[cell], x, (h,) * count, tuple(weights))) == count
+
+
+@grid(cell=CELLS, bias=(True, False))
+def test_a_small_step_finds_weights_by_their_names(cell, bias):
+    x, h, c, *weights = make_operands(cell, torch.float32, (2, 5, 25), bias=bias).values()
+    spec, state = CELLS[cell], h if c is None else (h, c)
+    expected = cpu.small_step(spec, x, (h, c)[: spec.states], tuple(weights))
+    held = dict(zip(NAMES[3:], weights, strict=True))
+
+    def by_name(weights, names):
+        return cpu.small_step(spec, x, state, weights, names)
+
+    few = {name: held[name] for name in NAMES[3:5]}
+    for found in (by_name(held, NAMES[3:]), *([] if bias else [by_name(few, NAMES[3:5])])):
+        assert all(map(torch.equal, (found,) if c is None else found, expected))
+    # Nothing that is not there reaches the kernel.
+    for missing in NAMES[3:]:
+        assert by_name({name: w for name, w in held.items() if name != missing}, NAMES[3:]) is None
+    for required in NAMES[3:5]:
+        assert by_name(held | {required: None}, NAMES[3:]) is None
+        assert by_name(held | {required: h}, NAMES[3:]) is None
+    for names in ((), NAMES[3:4], NAMES[3:6], NAMES[2:], [], "w_ih", 4, (1, 2, 3, 4), ([], {})):
+        assert by_name(held, names) is None
+    for names in ([NAMES[3:]], [NAMES[3:]] * 17, [None], [4]):  # of layers, whose states are 3D
+        assert by_name(held, names) is None
+    for weights in (None, [*held.values()], NAMES, held.items()):
+        assert by_name(weights, NAMES[3:]) is None
+
+
+@grid(cell=CELLS, dtype=DTYPES)
+def test_a_small_step_of_layers_returns_y_in_memory_of_its_own(cell, dtype):
+    x, h, c, *weights = make_operands(cell, dtype, (2, 25, 25)).values()
+    spec, held = CELLS[cell], dict(zip(NAMES[3:], weights, strict=True))
+    states = tuple(torch.stack([s, s.flip(0)]) for s in (h, c)[: spec.states])
+    y, after = cpu.small_step(spec, x, states, held, [NAMES[3:]] * 2)
+    lower = cpu.small_step(spec, x, tuple(s[0] for s in states), tuple(weights))
+    upper = cpu.small_step(spec, lower[0], tuple(s[1] for s in states), tuple(weights))
+    for value, *parts in zip(after, lower, upper, strict=True):
+        assert torch.equal(value, torch.stack(parts))
+    assert torch.equal(y, upper[0])
+    assert y.shape == (2, 25)
+    results = (y, *after)
+    assert len({t.untyped_storage().data_ptr() for t in results}) == len(results)
+    for t in results:
+        assert t.dtype == dtype
+        assert t.is_contiguous()
+        assert t.data_ptr() % 64 == 0
+        t.zero_()
+    assert torch.equal(
+        upper[0], cpu.small_step(spec, lower[0], tuple(s[1] for s in states), tuple(weights))[0]
+    )
+
+
+def test_the_results_of_small_steps_are_freed():
+    x, h, _, *weights = make_operands("rnn_tanh", torch.float32, (4, 1, 512)).values()
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    kept, bytes_each = peak(), h.numel() * 4
+    for _ in range(20_000):
+        cpu.small_step(CELLS["rnn_tanh"], x, h, tuple(weights))
+    assert (peak() - kept) * 1024 < 20_000 * bytes_each / 10
 
 
 def pointwise(cell: str, dtype: torch.dtype, shape: tuple[int, int], device: str = "cpu"):

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from .. import native
 from ..autograd import layer, plain_layer, step
-from ..cells import CELLS, Cell, States
+from ..cells import CELLS, Cell
 from ..norm_autograd import norm_layer
 
 if TYPE_CHECKING:
@@ -103,12 +103,12 @@ def cell_step(
     return step(cell, linear(x, w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
 
 
-def small_step(cell: Cell, x: Tensor, states: States, weights: tuple[Any, ...]) -> States | None:
-    """The next states, in one pass over the weights, for a few rows and no gradient. Weights are a
-    cell's four, or a tuple of those of L layers, whose states are ``[L,N,H]``.
+def small_step(cell: Cell, x: Tensor, state: Any, weights: Any, names: Any = None) -> Any:
+    """The next state, in one pass over the weights, for a few rows and no gradient.
 
-    The caller has made sure that nothing watches the computation: this goes past the dispatcher,
-    which takes longer than the step itself. ``None`` says that this is not :func:`is_small`, or
-    that an operand is not plain contiguous memory of the right size.
+    Arguments and result are those of :func:`steps.small_step`. The caller has made sure that
+    nothing watches the computation: this goes past the dispatcher, which takes longer than the step
+    itself. ``None`` says that this is not :func:`is_small`, or that an operand is not plain
+    contiguous memory of the right size.
     """
-    return native.small_step(cell.id, x, states, weights, SMALL_ROWS, SMALL_PRODUCTS)
+    return native.small_step(cell.id, x, state, weights, names, SMALL_ROWS, SMALL_PRODUCTS)
