@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <new>
 #include <utility>
 
@@ -123,21 +124,25 @@ class NewTensor {
  public:
   NewTensor() = default;
   NewTensor(const NewTensor&) = delete;
-  ~NewTensor() { std::free(head_); }
+  ~NewTensor() {
+    if (head_) free_memory(&head_->managed);
+  }
 
   // False if there is no memory for it.
   bool take(DLDataType type, std::initializer_list<int64_t> shape, char** data) {
     size_t bytes = type.bits / 8;
     for (int64_t size : shape) bytes *= size;
-    const size_t room = (sizeof(Head) + bytes + kAlignment - 1) / kAlignment * kAlignment;
-    void* const memory = std::aligned_alloc(kAlignment, room);
+    // malloc keeps small pieces at hand, which aligned_alloc walks past.
+    size_t room = sizeof(Head) + bytes + kAlignment;
+    void *const memory = std::malloc(room), *aligned = memory;
     if (!memory) return false;
-    head_ = new (memory) Head{};
+    std::align(kAlignment, sizeof(Head) + bytes, aligned, room);
+    head_ = new (aligned) Head{};
     DLManagedTensorVersioned& m = head_->managed;
     m.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
     m.manager_ctx = memory;
     m.deleter = &free_memory;
-    m.dl_tensor.data = *data = static_cast<char*>(memory) + sizeof(Head);
+    m.dl_tensor.data = *data = static_cast<char*>(aligned) + sizeof(Head);
     m.dl_tensor.device = {kDLCPU, 0};
     m.dl_tensor.ndim = int32_t(shape.size());
     m.dl_tensor.dtype = type;

