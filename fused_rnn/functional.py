@@ -84,9 +84,10 @@ def rnn(
         RuntimeError: T is 0; tensors on different devices or of different dtypes; or the backend
             asked for cannot run this.
     """
-    if options is None and batch_sizes is None and type(cell) is Cell and is_plain():
-        p = dropout if training else 0.0
-        found = _plain_rnn(cell, input, states, weights, 2 if bidirectional else 1, p, backend)
+    dense = batch_sizes is None and (options is None or options.is_control_only)
+    if dense and type(cell) is Cell and is_plain():
+        p, directions = dropout if training else 0.0, 2 if bidirectional else 1
+        found = _plain_rnn(cell, input, states, weights, directions, options, p, backend)
         if found is not None:
             return *found, None
     problem = describe(cell, input, states, weights, batch_sizes, bidirectional, options)
@@ -177,11 +178,12 @@ def _plain_rnn(
     states: States | None,
     weights: Sequence[Weights],
     directions: int,
+    options: Options | None,
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, States] | None:
     """:func:`rnn` for the common case: dense sequences on the CPU that only autograd watches, all
-    of one dtype, without options. ``None`` where it is another one.
+    of one dtype, with no options but those that are ``control``. ``None`` where it is another one.
 
     A call usually finds the caches full of something else, and each line of Python then costs
     microseconds: this has no more of them than the case needs.
@@ -198,22 +200,29 @@ def _plain_rnn(
     grad = grad and torch.is_grad_enabled()
     (T, N, I), (_, w_hh, *_, w_hr) = input.shape, weights[0][:5]  # noqa: E741
     sizes = (T, N, I, w_hh.size(0) // cell.gates, 0 if w_hr is None else w_hr.size(0))
-    layers = len(weights) // directions
-    problem = Problem(cell.name, dtype, "cpu", *sizes, layers, directions, grad, False, False)
+    layers, asked = len(weights) // directions, () if options is None else ("control",)
+    problem = Problem(
+        cell.name, dtype, "cpu", *sizes, layers, directions, grad, False, False, options=asked
+    )
     chosen = select(problem, requested(backend))
     if not hasattr(chosen, "plain_layer"):
         return None
+    loop = None if options is None else options.loop(T, N, input.device, None)
     finals: list[States] = []
     for first in range(0, len(weights), directions):
         if first and dropout:
             input = torch.dropout(input, dropout, True)
         outputs = []
         for k in range(first, first + directions):
+            reverse = k > first
             before = (None, None) if states is None else (states[0][k], states[-1][k])
-            h, final = chosen.plain_layer(cell, k > first, grad, input, before, weights[k])
+            control = None if loop is None else loop.control(reverse)
+            h, final = chosen.plain_layer(cell, reverse, grad, control, input, before, weights[k])
             outputs.append(h)
             finals.append(final)
         input = joined(outputs)
+    if loop is not None:
+        input = loop.output(input)
     return input, tuple([s if s.dtype is dtype else s.to(dtype) for s in _stacked(finals)])
 
 

@@ -328,18 +328,20 @@ class SequenceModule(RNNBase):
 
     def _options(self, asked: Options, input: Any, data: Tensor, rows: Tensor | None) -> Options:
         """What the op has to do beyond torch.nn, checked and time-major."""
-        options = asked._replace(
-            reverse=self.direction == "reverse", rows=rows, recompute=self._recomputes
-        )
-        if self._is_regularised:
-            options = options._replace(
-                recurrent_dropout=self.recurrent_dropout, weight_dropout=self.weight_dropout
-            )
-        options = options._replace(zoneout=self._zoneout, training=self.training)
-        if self._is_watched:
-            options = options._replace(flow=self._flow.call(self, input))
-        if options.return_cell_states and not self._has_cell_state:
+        if asked.return_cell_states and not self._has_cell_state:
             raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
+        regularised = self._is_regularised
+        options = asked._replace(
+            reverse=self.direction == "reverse",
+            rows=rows,
+            initial=None if asked.reset is None else self._initial(),
+            recurrent_dropout=self.recurrent_dropout if regularised else 0.0,
+            weight_dropout=self.weight_dropout if regularised else 0.0,
+            zoneout=self._zoneout,
+            training=self.training,
+            recompute=self._recomputes,
+            flow=self._flow.call(self, input) if self._is_watched else None,
+        )
         layout = "dense"
         if rows is not None:
             layout = "jagged"
@@ -349,8 +351,6 @@ class SequenceModule(RNNBase):
             layout = "unbatched"
         elif self.batch_first:
             layout = "batch_first"
-        if options.reset is not None:
-            options = options._replace(initial=self._initial())
         return options.checked(data, layout)
 
     def _as_given(self, y: Tensor, input: Any) -> Any:

@@ -98,8 +98,9 @@ class Options(NamedTuple):
             steps, batch = data.shape[:2]
             by_sequence = layout in ("batch_first", "unbatched")
             shape = (steps,) if layout == "unbatched" else (steps, batch)
-            reset = check_reset(self.reset, shape[::-1] if by_sequence else shape, data.device)
-            found = found._replace(reset=reset.reshape(batch, steps).t() if by_sequence else reset)
+            check_reset(self.reset, shape[::-1] if by_sequence else shape, data.device)
+            if by_sequence:
+                found = found._replace(reset=self.reset.reshape(batch, steps).t())
         return found
 
     @property
@@ -119,6 +120,11 @@ class Options(NamedTuple):
             "gradient_flow": self.flow is not None,
         }
         return tuple(name for name, wanted in asked.items() if wanted)
+
+    @property
+    def is_control_only(self) -> bool:
+        """Whether a dense call's ``control`` says it all, but for the padding's value."""
+        return self.asked == ("control",) and self.initial is None and not self.weight_dropout
 
     @property
     def ends(self) -> Tensor | None:
@@ -144,9 +150,7 @@ class Options(NamedTuple):
         state that the caller gave is neither cleared nor cut.
         """
         ended, starts = self.ended(steps), self.starts(steps)
-        if ended is None and starts is None and self.tbptt is None:
-            return None
-        control = torch.zeros(steps, batch, dtype=torch.uint8, device=device)
+        control = None
         if self.tbptt is not None:
             t = torch.arange(steps, device=device).unsqueeze(1)
             if reverse:
@@ -154,13 +158,13 @@ class Options(NamedTuple):
                 cut = ((t + 1) % self.tbptt == 0) & (t + 1 < (steps if ends is None else ends))
             else:
                 cut = (t % self.tbptt == 0) & (t > 0)
-            control = torch.where(cut, CUT, control)
+            control = _flagged(cut.expand(steps, batch), CUT, control)
         if starts is not None:
             if reverse:
                 t = torch.arange(steps, device=device).unsqueeze(1)
                 starts = starts.roll(-1, 0) & (t + 1 < steps)
-            control = torch.where(starts, CLEAR, control)
-        return control if ended is None else torch.where(ended, HOLD, control)
+            control = _flagged(starts, CLEAR, control)
+        return control if ended is None else _flagged(ended, HOLD, control)
 
     def loop(self, steps: int, batch: int, device: torch.device, rows: Tensor | None) -> Loop:
         """How the call goes through the op; ``rows`` are packed input's."""
@@ -424,8 +428,8 @@ def _unwrapped(x: Tensor) -> Tensor:
     return x
 
 
-def check_reset(reset: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """``reset`` if it is a bool tensor of ``shape`` on ``device``.
+def check_reset(reset: Any, shape: tuple[int, ...], device: torch.device) -> None:
+    """``reset`` has to be a bool tensor of ``shape`` on ``device``.
 
     Raises:
         TypeError: it is no tensor of bools.
@@ -444,7 +448,14 @@ def check_reset(reset: Any, shape: tuple[int, ...], device: torch.device) -> Ten
             f"fused_rnn: reset is on {reset.device} and the input on {device}; move it there with "
             ".to(input.device)"
         )
-    return reset
+
+
+def _flagged(steps: Tensor, flag: int, control: Tensor | None) -> Tensor:
+    """``control`` with ``flag`` alone at these steps, both ``[T,N]``."""
+    if control is not None:
+        return torch.where(steps, flag, control)
+    found = steps.to(torch.uint8, memory_format=torch.contiguous_format)
+    return found if flag == 1 else found * flag
 
 
 def jagged_rows(input: Any) -> tuple[Tensor, Tensor]:

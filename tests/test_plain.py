@@ -15,6 +15,10 @@ from fused_rnn import autograd, functional
 from fused_rnn.backends import cpu
 from fused_rnn.cells import CELLS
 
+RESET = torch.tensor(
+    [[0, 0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 0]], dtype=torch.bool
+)  # [N,T]
+
 
 @pytest.fixture
 def plain(monkeypatch):
@@ -63,6 +67,56 @@ def test_the_short_way_gives_the_bits_of_the_general_one(
     for name, value in general.items():
         assert short[name].dtype is value.dtype, name
         assert torch.equal(short[name], value), name
+
+
+CONTROLLED = {
+    "lengths": {"lengths": [4, 7, 1]},
+    "padded": {"lengths": [0, 5, 7], "padding_value": -2.5},
+    "reset": {"reset": RESET},
+    "tbptt": {"tbptt": 3},
+    "all": {"lengths": [6, 2, 7], "reset": RESET, "tbptt": 2, "padding_value": 1.5},
+}
+
+
+@grid(
+    kind=CELLS, dtype=DTYPES, asked=CONTROLLED, num_layers=(1, 2), bidirectional=(False, True),
+    dropout=(0.0, 0.4), given=(True, False), batch_first=(False, True),
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
+def test_ends_resets_and_cuts_go_the_short_way(
+    kind, dtype, asked, num_layers, bidirectional, dropout, given, batch_first, plain, monkeypatch
+):
+    options = {"num_layers": num_layers, "dropout": dropout, "batch_first": batch_first}
+    _, module = twins(kind, dtype=dtype, bidirectional=bidirectional, **options)
+    hx = states(kind, module, 3, dtype=dtype) if given else None
+    call = dict(CONTROLLED[asked])
+    if "reset" in call and not batch_first:
+        call["reset"] = call["reset"].t()
+    input = torch.randn(3, 7, I, dtype=dtype)
+    for row, length in zip(input, call.get("lengths", ()), strict=False):
+        row[length:] = float("nan")
+    input = input if batch_first else input.transpose(0, 1)
+
+    def results():
+        given, leaves = input.detach().requires_grad_(), [*module.parameters()]
+        found = []
+        for mode in (torch.no_grad(), torch.enable_grad()):
+            torch.manual_seed(5)
+            with mode:
+                found += tensors(module(given, hx, **call))
+        half = len(found) // 2
+        upstream = [torch.sin(t.detach().float()).to(dtype) for t in found[half:]]
+        return [*found, *torch.autograd.grad(found[half:], [given, *leaves], upstream)]
+
+    short, layers = results(), 2 * num_layers * (1 + bidirectional)
+    assert len(plain) == layers
+    monkeypatch.setattr(functional, "is_plain", lambda: False)
+    general = results()
+    assert len(plain) == layers, "the general way was not taken"
+    assert all(not t.isnan().any() for t in short)
+    for value, expected in zip(short, general, strict=True):
+        assert value.dtype is expected.dtype
+        assert torch.equal(value, expected)
 
 
 @grid(kind=CELLS, frozen=("weight_ih_l0", "l0", "l1", "reverse"), plainly=(True, False))
@@ -131,23 +185,34 @@ def test_transforms_take_the_general_way(kind, transform, plain):
     assert not plain
 
 
-@grid(
-    kind=CELLS,
-    asked=("lengths", "tbptt", "reverse", "zoneout", "recurrent_dropout", "packed", "unlike"),
-)
-def test_options_and_other_layouts_take_the_general_way(kind, asked, plain):
-    own = {"reverse": {"direction": "reverse"}, "zoneout": {"zoneout": 0.2}}
-    own["recurrent_dropout"] = {"recurrent_dropout": 0.2}
+OWN = {
+    "reverse": {"direction": "reverse"},
+    "zoneout": {"zoneout": 0.2},
+    "recurrent_dropout": {"recurrent_dropout": 0.2},
+    "weight_dropout": {"weight_dropout": 0.2},
+    "recompute": {"recompute": True},
+    "learned": {"learn_initial_state": True},
+}
+
+
+@grid(kind=CELLS, asked=(*OWN, "last_step", "packed", "unlike"), controlled=(False, True))
+def test_options_and_other_layouts_take_the_general_way(kind, asked, controlled, plain):
     _, torchs = twins(kind)
-    module = type(torchs)(I, H, **own.get(asked, {}))
-    x, call = torch.randn(4, 3, I), {"lengths": {"lengths": [4, 2, 1]}, "tbptt": {"tbptt": 2}}
+    module = type(torchs)(I, H, **OWN.get(asked, {}))
+    x, call = torch.randn(4, 3, I), {"tbptt": 2} if controlled else {}
+    if asked == "learned":
+        call["reset"] = torch.rand(4, 3) < 0.3
+    if asked == "recompute" and not torchs._cell.saved:
+        pytest.skip("this cell saves nothing but its states anyway")
+    if asked == "last_step":
+        call["last_step_only"] = True
     if asked == "packed":
         x = torch.nn.utils.rnn.pack_padded_sequence(x, [4, 2, 1])
     if asked == "unlike":
         with pytest.raises(RuntimeError):
             module(x, states(kind, module, 3, dtype=torch.float64))
     else:
-        module(x, **call.get(asked, {}))
+        module(x, **call)
     assert not plain
 
 
