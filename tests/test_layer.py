@@ -36,6 +36,26 @@ def test_sums_over_many_rows(cell, shape, rows):
     check(layer, make_problem(**case))
 
 
+def test_sums_over_many_inputs_and_units():
+    """Products of 2,048 positive terms: added one by one they lose 4 to 6 ulp."""
+    T, N, H = 2, 8, 2048
+    x, w_ih, w_hh, h0 = (1 + torch.rand(s) for s in ((T, N, H), (H, H), (H, H), (N, H)))
+    w_hh *= 2.0**-11  # states stay in range
+    w_ih *= 2.0**-11
+    operands = [t.requires_grad_() for t in (x, w_ih, w_hh, h0)]
+    x, w_ih, w_hh, h0 = operands
+    h, _, h_n, _ = layer(CELLS["rnn_relu"], x, w_hh, None, h0, None, w_ih=w_ih)
+    found = [h, h_n, *torch.autograd.grad(h.sum() + h_n.sum(), (x, h0))]
+    x, w_ih, w_hh, h0 = (t.detach().double().requires_grad_() for t in operands)
+    first = x[0] @ w_ih.t() + h0 @ w_hh.t()
+    second = x[1] @ w_ih.t() + first @ w_hh.t()
+    loss = first.sum() + 2 * second.sum()
+    expected = [torch.stack((first, second)), second, *torch.autograd.grad(loss, (x, h0))]
+    for value, exact in zip(found, expected, strict=True):
+        error = ((value.detach().double() - exact) / exact).square().mean().sqrt()
+        assert error < 3 * torch.finfo(torch.float32).eps, error
+
+
 def fits(cell, dtype, shape, **case):
     """A ReLU's states are not bounded: sums over 520 of them leave float16."""
     bounded = cell != "rnn_relu" or dtype is not torch.float16 or shape[0] < 520

@@ -165,8 +165,8 @@ class Forward {
         const int64_t slot = range.begin + first;
         if (p == 0 && kInPlace) prefetch_inputs(slot + rows, range.end);
         A* to = gx + slot * gx_stride + input.first_block(p) * kWidth;
-        find_tile<A>(vectors, rows)(input.panel_weights(p), input.panel_bias(p), input_rows + slot,
-                                    a.I, {to, gx_stride});
+        multiply_panel<A>(vectors, rows, input.panel_weights(p), input.panel_bias(p),
+                          input_rows + slot, a.I, {to, gx_stride});
       });
     }
   }
@@ -285,8 +285,8 @@ class Forward {
 
   void run_tile(int64_t p, int vectors, int64_t first, int rows) {
     alignas(kVectorBytes) A product[kMaxRows * kMaxVectors * kWidth];
-    find_tile<A>(vectors, rows)(hidden.panel_weights(p), hidden.panel_bias(p), x + first, a.R,
-                                {product, vectors * kWidth});
+    multiply_panel<A>(vectors, rows, hidden.panel_weights(p), hidden.panel_bias(p), x + first, a.R,
+                      {product, vectors * kWidth});
     for (int b = 0; b < hidden.block_count(p); ++b) {
       const Block block{product + b * kGates * kWidth, vectors * kWidth,
                         (hidden.first_block(p) + b) * kWidth};

@@ -2,8 +2,8 @@
 //
 // A panel holds V vectors of outputs for all K inputs, [K][V][kWidth], so that the inner loop
 // reads it front to back. Each row comes by its own pointer: held rows are left out and cleared
-// rows point at zeros, without copies. Every output is one chain of multiply-adds in the order of k
-// whatever the tile, so results do not depend on how the work was cut.
+// rows point at zeros, without copies. Every output is a chain of multiply-adds in the order of k,
+// or the sum of such chains, whatever the tile, so results do not depend on how the work was cut.
 #pragma once
 
 #include "arena.h"
@@ -14,6 +14,8 @@ namespace FUSED_RNN_NAMESPACE {
 inline constexpr int kMaxVectors = 4;  // of outputs in a panel
 inline constexpr int kMaxRows = 8;     // in a tile
 inline constexpr int kAhead = 12;      // rows of a panel to prefetch; it may be in L2
+// Terms of a sum in one chain at most: rounding grows with a chain's length.
+inline constexpr int64_t kChain = 512;
 
 // Rows whose accumulators fit the registers beside V weight vectors and a broadcast state.
 constexpr int tile_rows(int vectors) {
@@ -110,6 +112,29 @@ MultiplyTile<A> find_tile(int vectors, int rows) {
     case 3: return find_tile<A, kStep, 3, tile_rows(3)>(rows);
     default: return find_tile<A, kStep, 4, tile_rows(4)>(rows);
   }
+}
+
+// The sums of a tile of more than kChain terms.
+template <class A>
+void multiply_chains(MultiplyTile<A> tile, int vectors, int rows, const A* panel,
+                     TileRows<const A> more, const A* const* x, int64_t K, TileRows<A> out) {
+  const A* from[kMaxRows];
+  for (int64_t k = 0; k < K; k += kChain) {
+    for (int n = 0; n < rows; ++n) from[n] = x[n] + k;
+    tile(panel + k * vectors * Vec<A>::kWidth, more, from, K - k < kChain ? K - k : kChain, out);
+    more = {out.data, out.stride};
+  }
+}
+
+// A tile of any K.
+template <class A>
+FUSED_RNN_FN void multiply_panel(int vectors, int rows, const A* panel, TileRows<const A> more,
+                                 const A* const* x, int64_t K, TileRows<A> out) {
+  const MultiplyTile<A> tile = find_tile<A>(vectors, rows);
+  if (K <= kChain)
+    tile(panel, more, x, K, out);
+  else
+    multiply_chains(tile, vectors, rows, panel, more, x, K, out);
 }
 
 // Cuts `count` rows into the fewest tiles that fit, of nearly equal size, and calls
@@ -223,8 +248,8 @@ void multiply(const Panels<A>& panels, Range part, const A* const* x, int64_t co
     const int64_t p = panels.in_sweep(part, i, sweep);
     const int vectors = panels.vectors(p);
     for_each_tile(count, vectors, [&](int64_t first, int rows) {
-      find_tile<A>(vectors, rows)(panels.panel_weights(p), panels.panel_bias(p), x + first,
-                                  panels.K, {out, vectors * kWidth});
+      multiply_panel<A>(vectors, rows, panels.panel_weights(p), panels.panel_bias(p), x + first,
+                        panels.K, {out, vectors * kWidth});
       for (int i = 0; i < rows; ++i)
         for (int v = 0; v < vectors; ++v) {
           const int64_t unit = (panels.first_block(p) + v) * kWidth;

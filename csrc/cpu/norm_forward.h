@@ -83,8 +83,8 @@ class NormForward : Forward<Cell, T> {
       const int64_t p = hidden.in_sweep(Range(hidden.count()), i, step);
       const int vectors = hidden.vectors(p);
       for_each_tile(end - begin, vectors, [&](int64_t first, int count) {
-        find_tile<A>(vectors, count)(hidden.panel_weights(p), hidden.panel_bias(p),
-                                     x + begin + first, a.R, {product, vectors * kWidth});
+        multiply_panel<A>(vectors, count, hidden.panel_weights(p), hidden.panel_bias(p),
+                          x + begin + first, a.R, {product, vectors * kWidth});
         for (int k = 0; k < count; ++k)
           for (int b = 0; b < hidden.block_count(p); ++b) {
             const int64_t unit = (hidden.first_block(p) + b) * kWidth;
