@@ -214,8 +214,9 @@ PyObject* pair(PyObject* first, PyObject* second) {
 
 constexpr const char* kSmallStepDoc =
     "small_step(cell, x, state, weights, names, rows, products)\n\n"
-    "The next state of a cell, in the form of the one given: (h, c), or h alone. With `names`, "
-    "weights are looked up in a dictionary; where names are those of each of L layers, states are "
+    "The next state of a cell, in the form of the one given: (h, c), or of one state h or, without "
+    "names, (h,). With `names`, weights are looked up in a dictionary; where names are those of "
+    "each of L layers, states are "
     "[L,N,H], and the result is (y, state), y the last layer's h in memory of its own. None, with "
     "nothing done, where an operand is not plain contiguous CPU memory of the right dtype and "
     "shape, or there are more than `rows` rows and `products` multiplications.";
@@ -232,8 +233,9 @@ PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
   const int states = kCellShapes[cell].states;
   PyObject *const x = operand[1], *const state = operand[2], *const names = operand[4];
 
-  const bool alone = !PyTuple_Check(state);  // h, not a tuple
+  const bool alone = !PyTuple_Check(state);  // h, which is how modules have it, not (h,)
   if (alone ? states != 1 : PyTuple_GET_SIZE(state) != states) Py_RETURN_NONE;
+  if (!alone && states == 1 && names != Py_None) Py_RETURN_NONE;
   PyObject* const before[2] = {alone ? state : PyTuple_GET_ITEM(state, 0),
                                states == 2 ? PyTuple_GET_ITEM(state, 1) : nullptr};
   const bool stacked = PyList_Check(names);

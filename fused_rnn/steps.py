@@ -94,7 +94,7 @@ def small_step(
 
     Args:
         cell, input, backend: as for :func:`step`.
-        state: ``(h, c)``, or of a cell without c ``(h,)`` or ``h``.
+        state: ``(h, c)``, or of a cell without c ``h``, or without names ``(h,)``.
         weights: as for :func:`step`; or where they have names, the dictionary that holds them.
         names: of the weights, as a tuple, or ``None``. A list of those of L layers says that states
             are ``[L,N,H]``, and that each layer's input is the next h of the one below.

@@ -136,6 +136,17 @@ def test_a_cell_refuses_the_states_of_layers(kind):
         cell(torch.randn(N, I), states(kind, cell, 1, N))
 
 
+@grid(lambda kind, **_: kind != "lstm", kind=CELLS, grad=(False, True))
+def test_one_state_is_no_tuple(kind, grad):
+    name, extra = name_of(kind)
+    cell, module = getattr(fused_rnn, f"{name}Cell")(I, H, **extra), module_of(kind)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises((RuntimeError, AttributeError, TypeError)):
+            cell(torch.randn(N, I), (torch.zeros(N, H),))
+        with pytest.raises((RuntimeError, AttributeError, TypeError)):
+            module.step(torch.randn(N, I), (torch.zeros(1, N, H),))
+
+
 @grid(exists, kind=CELLS, backend=BACKEND_NAMES, device=DEVICES, form=MODULES)
 def test_a_step_without_batch(kind, backend, device, form):
     options = {"backend": backend, "device": device, "dtype": torch.float64} | MODULES[form]
