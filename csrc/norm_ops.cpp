@@ -96,7 +96,10 @@ class Call {
                     "is int32");
     const Tensor typed = given == type ? *x : torch::stable::to(*x, type);
     alive_.push_back(typed.is_contiguous() ? typed : torch::stable::contiguous(typed));
-    return alive_.back().const_data_ptr();
+    const void* const data = alive_.back().const_data_ptr();
+    STD_TORCH_CHECK(data || x->numel() == 0, "fused_rnn: ", name,
+                    " has no memory: its storage was freed, as FSDP does between calls");
+    return data;
   }
 
   Tensor make(bool exists, Shape shape, ScalarType type, bool zero = false) const {

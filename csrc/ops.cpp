@@ -111,7 +111,10 @@ class Operands {
           return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
         },
         [&] { return name; }));
-    return {alive_.back().const_data_ptr(), stride};
+    const void* const data = alive_.back().const_data_ptr();
+    STD_TORCH_CHECK(data || x->numel() == 0, "fused_rnn: ", name,
+                    " has no memory: its storage was freed, as FSDP does between calls");
+    return {data, stride};
   }
 };
 

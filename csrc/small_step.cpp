@@ -98,7 +98,7 @@ struct Plain {
       stride *= t.shape[i];
     }
     *data = memory(t);
-    return true;
+    return t.data || stride == 0;  // the memory of a tensor that is not empty may have been freed
   }
 };
 
@@ -169,7 +169,7 @@ class NewTensor {
 
 constexpr int64_t kMostLayers = 16;
 
-// The weights of layer k, of which biases may be None, as given to small_step(): a tuple, or names
+// The weights of a layer, of which biases may be None, as given to small_step(): a tuple, or names
 // in a dictionary. False if they are something else.
 bool hold_weights(PyObject* weights, PyObject* names, Held* held) {
   const bool named = names != Py_None;
@@ -185,8 +185,6 @@ bool hold_weights(PyObject* weights, PyObject* names, Held* held) {
     if (!item || (item == Py_None && i < 2)) return false;
     held->set(i, item);
   }
-  for (int i = 0; i < 4; ++i)
-    if ((*held)[i] != Py_None && !is_candidate((*held)[i])) return false;
   return true;
 }
 
@@ -240,13 +238,16 @@ PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
                                states == 2 ? PyTuple_GET_ITEM(state, 1) : nullptr};
   const bool stacked = PyList_Check(names);
   const int64_t layers = stacked ? PyList_GET_SIZE(names) : 1;
-  if (layers < 1 || layers > kMostLayers || !is_candidate(x) || !is_candidate(before[0]) ||
-      (states == 2 && !is_candidate(before[1])))
-    Py_RETURN_NONE;
+  if (layers < 1 || layers > kMostLayers) Py_RETURN_NONE;
   Held held[kMostLayers];
   for (int64_t k = 0; k < layers; ++k)
     if (!hold_weights(operand[3], stacked ? PyList_GET_ITEM(names, k) : names, &held[k]))
       Py_RETURN_NONE;
+  if (!is_candidate(x) || !is_candidate(before[0]) || (states == 2 && !is_candidate(before[1])))
+    Py_RETURN_NONE;
+  for (int64_t k = 0; k < layers; ++k)
+    for (int i = 0; i < 4; ++i)
+      if (held[k][i] != Py_None && !is_candidate(held[k][i])) Py_RETURN_NONE;
 
   DLTensor input, h;
   if (!view(x, &input) || !view(before[0], &h) || input.ndim != 2 || h.ndim != 2 + stacked)

@@ -208,7 +208,7 @@ class SequenceModule(RNNBase):
 
         Returns:
             the output ``[N,H]`` (P in place of H with a projection) and the next state. Of a single
-            layer they share their memory, as a cell's output is its state.
+            layer they may share their memory, as a cell's output is its state.
 
         Raises:
             ValueError: the module reads sequences from their end, or ``x`` is no single step.
@@ -240,11 +240,13 @@ class SequenceModule(RNNBase):
             raise ValueError(f"fused_rnn: step expects x to be 2D [N,I] or 1D [I], got {got}")
         if x.dim() == 1:
             one = state if state is None else _each(state, lambda s: s.unsqueeze(1))
-            y, state = self.step(x.unsqueeze(0), one)
+            # Not self.step, which a subclass or FSDP may have wrapped around this one.
+            y, state = SequenceModule.step(self, x.unsqueeze(0), one)
             return y.squeeze(0), _each(state, lambda s: s.squeeze(1))
         if state is None and not (self.learn_initial_state or whole):
             zeros = x.new_zeros(self.num_layers, x.size(0), self.hidden_size)
-            return self.step(x, (zeros, zeros) if self._has_cell_state else zeros)
+            state = (zeros, zeros) if self._has_cell_state else zeros
+            return SequenceModule.step(self, x, state)
         weights = self._weights()
         if state is None:
             states = self._start(x.size(0))

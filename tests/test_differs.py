@@ -250,12 +250,14 @@ def test_flatten_parameters_does_nothing():
 
 
 @needs_native
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
-def test_the_results_of_small_steps_do_not_grow(name):
+def test_the_results_of_small_steps_do_not_grow(name, frozen):
     """Cure: clone."""
     cell, state = getattr(fused_rnn, name)(I, H), torch.randn(1, H)
+    cell.requires_grad_(not frozen)
     state = (state, state) if name == "LSTMCell" else state
-    with torch.no_grad():
+    with torch.set_grad_enabled(frozen):
         stepped = cell(torch.randn(1, I), state)
     h = stepped[0] if name == "LSTMCell" else stepped
     with pytest.raises(RuntimeError, match="Trying to resize storage that is not resizable"):

@@ -197,6 +197,20 @@ def test_layer_refuses_wrong_sizes_in_a_sentence(name, rows, how, device):
     assert re.search(r"\[[\d, ]+\]|dimensions|projection|names", message), message
 
 
+@pytest.mark.parametrize("name", ["x", *OPERANDS])
+@pytest.mark.parametrize("device", DEVICES)
+def test_layer_refuses_freed_memory(name, device):
+    """As FSDP leaves parameters between calls; an address of nothing says "not given" inside."""
+
+    def freed(x):
+        x = x.clone()
+        x.untyped_storage().resize_(0)
+        return x
+
+    message = refused(ops.layer, LAYER, template("scattered", device)[0], name, freed)
+    assert f"{name} has no memory: its storage was freed" in message
+
+
 @pytest.mark.parametrize("how", RESIZED)
 @pytest.mark.parametrize("rows", ["", "scattered"])
 @pytest.mark.parametrize("name", [*LAYER_BACKWARD.split()[2:14], "control", "rows", "w_hr"])

@@ -136,6 +136,24 @@ def test_a_cell_refuses_the_states_of_layers(kind):
         cell(torch.randn(N, I), states(kind, cell, 1, N))
 
 
+@grid(kind=CELLS, grad=(False, True), batched=(False, True), given=(False, True))
+def test_what_is_around_step_runs_once(kind, grad, batched, given):
+    base = module_of(kind)
+    calls = []
+
+    class Watched(type(base)):
+        def step(self, x, state=None):
+            calls.append(x)
+            return super().step(x, state)
+
+    _, extra = name_of(kind)
+    module = Watched(I, H, **extra)
+    state = states(kind, module, *((N,) if batched else ())) if given else None
+    with torch.set_grad_enabled(grad):
+        module.step(torch.randn(N, I) if batched else torch.randn(I), state)
+    assert len(calls) == 1
+
+
 @grid(lambda kind, **_: kind != "lstm", kind=CELLS, grad=(False, True))
 def test_one_state_is_no_tuple(kind, grad):
     name, extra = name_of(kind)
