@@ -84,8 +84,8 @@ def rnn(
         RuntimeError: T is 0; tensors on different devices or of different dtypes; or the backend
             asked for cannot run this.
     """
-    dense = batch_sizes is None and (options is None or options.is_control_only)
-    if dense and type(cell) is Cell and is_plain():
+    dense = batch_sizes is None and type(cell) is Cell
+    if dense and is_plain() and (options is None or options.is_control_only):
         p, directions = dropout if training else 0.0, 2 if bidirectional else 1
         found = _plain_rnn(cell, input, states, weights, directions, options, p, backend)
         if found is not None:

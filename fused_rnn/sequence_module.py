@@ -320,23 +320,25 @@ class SequenceModule(RNNBase):
             else:
                 batch = data.size(1) if batch_sizes is None else int(batch_sizes[0])
             states = self._start(batch)
-        options = None
-        special = self.direction == "reverse" or self.zoneout != 0 or self._is_regularised
-        special = special or (self.recompute and self._recomputes)
-        special = special or (self._flow is not None and self._is_watched)
-        if asked is not None or rows is not None or special:
-            options = self._options(asked or Options(), input, data, rows)
+        if asked is not None and asked.return_cell_states and not self._has_cell_state:
+            raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
+        options = self._with_own(asked, input, rows)
+        if options is not None:
+            options = options.checked(data, self._layout(input))
         return self._cell, data, states, weights, batch_sizes, self.bidirectional, options
 
-    def _options(self, asked: Options, input: Any, data: Tensor, rows: Tensor | None) -> Options:
-        """What the op has to do beyond torch.nn, checked and time-major."""
-        if asked.return_cell_states and not self._has_cell_state:
-            raise ValueError("fused_rnn: return_cell_states is for an LSTM; here c does not exist")
+    def _with_own(self, asked: Options | None, input: Any, rows: Tensor | None) -> Options | None:
+        """What a call asks for beyond torch.nn, with what the module and its input do."""
+        own = rows is not None or self.direction == "reverse" or self.zoneout != 0
+        own = own or self._is_regularised or self._recomputes or self._is_watched
+        restarts = self.learn_initial_state and asked is not None and asked.reset is not None
+        if not (own or restarts):
+            return asked
         regularised = self._is_regularised
-        options = asked._replace(
+        return (asked or Options())._replace(
             reverse=self.direction == "reverse",
             rows=rows,
-            initial=None if asked.reset is None else self._initial(),
+            initial=self._initial() if restarts else None,
             recurrent_dropout=self.recurrent_dropout if regularised else 0.0,
             weight_dropout=self.weight_dropout if regularised else 0.0,
             zoneout=self._zoneout,
@@ -344,16 +346,16 @@ class SequenceModule(RNNBase):
             recompute=self._recomputes,
             flow=self._flow.call(self, input) if self._is_watched else None,
         )
-        layout = "dense"
-        if rows is not None:
-            layout = "jagged"
-        elif isinstance(input, PackedSequence):
-            layout = "packed"
-        elif input.dim() == 2:
-            layout = "unbatched"
-        elif self.batch_first:
-            layout = "batch_first"
-        return options.checked(data, layout)
+
+    def _layout(self, input: Any) -> str:
+        """How a call passes its input: :meth:`fused_rnn.sequences.Options.checked`."""
+        if isinstance(input, PackedSequence):
+            return "packed"
+        if input.is_nested:
+            return "jagged"
+        if input.dim() == 2:
+            return "unbatched"
+        return "batch_first" if self.batch_first else "dense"
 
     def _as_given(self, y: Tensor, input: Any) -> Any:
         """``y``, time-major or compact, in the form in which the input came."""
@@ -378,9 +380,11 @@ class SequenceModule(RNNBase):
 
     def _weights(self) -> list[Weights]:
         """The weights of each layer and direction, each read once, by name."""
-        weights = []
+        weights, parameters = [], self._parameters
         for names in self._all_weights:
-            read = [getattr(self, name) for name in names]
+            # What is parametrized is an attribute and no parameter.
+            found = [parameters.get(name) for name in names]
+            read = [getattr(self, n) if w is None else w for n, w in zip(names, found, strict=True)]
             w_hr = read.pop() if self.proj_size else None
             b_ih, b_hh = read[2:] or (None, None)
             weights.append(Weights(read[0], read[1], b_ih, b_hh, w_hr))

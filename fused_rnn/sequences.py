@@ -124,7 +124,7 @@ class Options(NamedTuple):
     @property
     def is_control_only(self) -> bool:
         """Whether a dense call's ``control`` says it all, but for the padding's value."""
-        return self.asked == ("control",) and self.initial is None and not self.weight_dropout
+        return not (self.return_cell_states or self.last_step_only) and self[6:] == _NOTHING[6:]
 
     @property
     def ends(self) -> Tensor | None:
@@ -137,40 +137,18 @@ class Options(NamedTuple):
             return None
         return torch.arange(steps, device=self.lengths.device).unsqueeze(1) >= self.lengths
 
-    def starts(self, steps: int) -> Tensor | None:
+    def starts(self, ended: Tensor | None) -> Tensor | None:
         """``reset`` without what lies past the end."""
-        ended = self.ended(steps)
         return self.reset if self.reset is None or ended is None else self.reset & ~ended
-
-    def control(self, steps: int, batch: int, device: torch.device, reverse: bool) -> Tensor | None:
-        """The op's ``control`` ``[T,N]`` for a direction.
-
-        Backwards in time an episode begins at its last step, the one before a reset, and a window
-        of ``tbptt`` steps at its last one: both directions see the same episodes and windows. The
-        state that the caller gave is neither cleared nor cut.
-        """
-        ended, starts = self.ended(steps), self.starts(steps)
-        control = None
-        if self.tbptt is not None:
-            t = torch.arange(steps, device=device).unsqueeze(1)
-            if reverse:
-                ends = self.ends
-                cut = ((t + 1) % self.tbptt == 0) & (t + 1 < (steps if ends is None else ends))
-            else:
-                cut = (t % self.tbptt == 0) & (t > 0)
-            control = _flagged(cut.expand(steps, batch), CUT, control)
-        if starts is not None:
-            if reverse:
-                t = torch.arange(steps, device=device).unsqueeze(1)
-                starts = starts.roll(-1, 0) & (t + 1 < steps)
-            control = _flagged(starts, CLEAR, control)
-        return control if ended is None else _flagged(ended, HOLD, control)
 
     def loop(self, steps: int, batch: int, device: torch.device, rows: Tensor | None) -> Loop:
         """How the call goes through the op; ``rows`` are packed input's."""
         options = self if rows is None else self._replace(rows=rows)
         kind = Loop if self.reset is None or self.initial is None else Episodes
         return kind(options, steps, batch, device)
+
+
+_NOTHING = Options()
 
 
 class Loop:
@@ -194,7 +172,28 @@ class Loop:
         return self.controls[reverse]
 
     def made(self, reverse: bool) -> Tensor | None:
-        return self.options.control(self.steps, self.batch, self.device, reverse)
+        """The op's ``control`` ``[T,N]`` for a direction.
+
+        Backwards in time an episode begins at its last step, the one before a reset, and a window
+        of ``tbptt`` steps at its last one: both directions see the same episodes and windows. The
+        state that the caller gave is neither cleared nor cut.
+        """
+        options, steps, ended = self.options, self.steps, self.ended
+        control, starts = None, options.starts(ended)
+        if options.tbptt is not None:
+            t = torch.arange(steps, device=self.device).unsqueeze(1)
+            if reverse:
+                ends = options.ends
+                cut = ((t + 1) % options.tbptt == 0) & (t + 1 < (steps if ends is None else ends))
+            else:
+                cut = (t % options.tbptt == 0) & (t > 0)
+            control = _flagged(cut.expand(steps, self.batch), CUT, control)
+        if starts is not None:
+            if reverse:
+                t = torch.arange(steps, device=self.device).unsqueeze(1)
+                starts = starts.roll(-1, 0) & (t + 1 < steps)
+            control = _flagged(starts, CLEAR, control)
+        return control if ended is None else _flagged(ended, HOLD, control)
 
     def input(self, x: Tensor, clean: bool) -> Tensor:
         """The input as the op takes it; with ``clean`` the padding is 0."""
@@ -290,7 +289,7 @@ class Episodes(Loop):
                 "of episodes decides the shapes; call the module outside of the compiled region"
             )
         super().__init__(options, steps, batch, device)
-        starts = options.starts(steps)
+        starts = options.starts(self.ended)
         assert starts is not None
         begins = starts.t().clone(memory_format=torch.contiguous_format)
         begins[:, 0] = True
@@ -454,7 +453,7 @@ def _flagged(steps: Tensor, flag: int, control: Tensor | None) -> Tensor:
     """``control`` with ``flag`` alone at these steps, both ``[T,N]``."""
     if control is not None:
         return torch.where(steps, flag, control)
-    found = steps.to(torch.uint8, memory_format=torch.contiguous_format)
+    found = steps.byte().contiguous()
     return found if flag == 1 else found * flag
 
 
