@@ -390,31 +390,38 @@ class Backward {
              });
   }
 
-  // dx of the chunk, and the factors that its gate gradients meet in the weights' gradients.
+  // dx of the chunk, and the factors that its gate gradients meet in the weights' gradients. Every
+  // worker has its part of each: whoever had one kind alone would be waited for.
   void input_gradient_and_factors() {
-    const int64_t parts = a.dx ? schedule.workers : 0;
-    const int64_t ihs = ih.panels(), hhs = hh.panels();
-    parallel(schedule, parts + ihs + hhs + hr.panels(), [&](int64_t i) {
-      if (i < parts) return input_gradient(Range(slots.count, i, parts));
-      i -= parts;
-      if (i < ihs)
-        ih.pack(i, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
-          return V::load(static_cast<const T*>(a.x) + slots.index[slot] * a.I + column, n);
-        });
-      else if (i < ihs + hhs)
-        hh.pack(i - ihs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
-          const V h = V::load(before[slot] + column, n);
-          return a.h_mask ? h * V::load(masks[slot] + column, n) : h;
-        });
-      else if constexpr (kProjects)
-        hr.pack(i - ihs - hhs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
-          const int64_t index = slots.index[slot];
-          const T* o = static_cast<const T*>(a.saved) + (index * Cell::kSaved + 3) * a.H;
-          const V c = a.keep ? V::load(computed_c + slot * a.H + column, n)
-                             : V::load(static_cast<const T*>(a.c) + index * a.H + column, n);
-          return V::load(o + column, n) * tanh(c);
-        });
+    const int64_t factors = ih.panels() + hh.panels() + hr.panels(), workers = schedule.workers;
+    if (!a.dx && !factors) return;
+    parallel(schedule, workers, [&](int64_t i) {
+      if (a.dx) input_gradient(Range(slots.count, i, workers));
+      const Range own(factors, i, workers);
+      for (int64_t panel = own.begin; panel < own.end; ++panel) pack_factors(panel);
     });
+  }
+
+  // One of all weights' panels.
+  void pack_factors(int64_t i) {
+    const int64_t ihs = ih.panels(), hhs = hh.panels();
+    if (i < ihs)
+      ih.pack(i, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+        return V::load(static_cast<const T*>(a.x) + slots.index[slot] * a.I + column, n);
+      });
+    else if (i < ihs + hhs)
+      hh.pack(i - ihs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+        const V h = V::load(before[slot] + column, n);
+        return a.h_mask ? h * V::load(masks[slot] + column, n) : h;
+      });
+    else if constexpr (kProjects)
+      hr.pack(i - ihs - hhs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+        const int64_t index = slots.index[slot];
+        const T* o = static_cast<const T*>(a.saved) + (index * Cell::kSaved + 3) * a.H;
+        const V c = a.keep ? V::load(computed_c + slot * a.H + column, n)
+                           : V::load(static_cast<const T*>(a.c) + index * a.H + column, n);
+        return V::load(o + column, n) * tanh(c);
+      });
   }
 
   void input_gradient(Range range) {
@@ -430,27 +437,25 @@ class Backward {
   }
 
   void weight_gradients() {
-    const int64_t parts = schedule.workers, ihs = ih.panels() ? parts : 0;
-    const int64_t hhs = hh.panels() ? parts : 0, hrs = hr.panels() ? parts : 0;
-    parallel(schedule, ihs + hhs + hrs + (a.db_ih || a.db_hh), [&](int64_t i) {
-      const auto add_sums = [&](WeightGradient<A>& gradient, const Blocks<A>& blocks) {
-        for (int64_t sum = 0, begin = 0; sum < slots.sums; begin = slots.sum_end[sum++])
-          gradient.add(blocks, begin, slots.sum_end[sum], i, parts);
-      };
-      if (i < ihs) return add_sums(ih, gates);
-      i -= ihs;
-      if (i < hhs) return add_sums(hh, gates);
-      i -= hhs;
-      if (i < hrs) return add_sums(hr, dh_sums);
-      for (int64_t sum = 0, begin = 0; sum < slots.sums; begin = slots.sum_end[sum++])
-        sum_gates(begin, slots.sum_end[sum]);
+    const int64_t workers = schedule.workers;
+    const bool biases = a.db_ih || a.db_hh;
+    if (!ih.panels() && !hh.panels() && !hr.panels() && !biases) return;
+    parallel(schedule, workers, [&](int64_t i) {
+      const Range own(biases ? kBlockGates * unit_blocks : 0, i, workers);
+      for (int64_t sum = 0, begin = 0; sum < slots.sums; begin = slots.sum_end[sum++]) {
+        const int64_t end = slots.sum_end[sum];
+        ih.add(gates, begin, end, i, workers);
+        hh.add(gates, begin, end, i, workers);
+        hr.add(dh_sums, begin, end, i, workers);
+        sum_gates(own, begin, end);
+      }
     });
   }
 
-  void sum_gates(int64_t begin, int64_t end) {
+  void sum_gates(Range blocks, int64_t begin, int64_t end) {
     // An addition waits four cycles for the one before: four sums side by side.
     constexpr int kSums = 4;
-    for (int64_t block = 0; block < kBlockGates * unit_blocks; ++block) {
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
       V sum[kSums] = {V(0), V(0), V(0), V(0)};
       const A* from = gates.at(block);
       int64_t slot = begin;

@@ -62,10 +62,6 @@ const Kernels& best_kernels(Scalar scalar) { return kKernels[&best_isa() - kIsas
 // Below this much arithmetic a second thread costs more than it brings: waking one takes 5-10 us.
 constexpr double kFlopsPerThread = 1e6;
 
-// Blocks of a sum that a chunk has for each worker. On one thread a chunk should stay in its cache;
-// several meet after each stage, which takes them 5-10 us.
-constexpr int64_t kSumsAlone = 1, kSumsTogether = 2;
-
 void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) body(context, task);
@@ -114,7 +110,8 @@ int64_t members_of(const Layer& layer, int64_t gates, int64_t workers) {
 
 Schedule schedule_of(const Layer& layer, int64_t gates, int64_t workers, int64_t members) {
   const int64_t sum_steps = kSumRows > layer.N ? kSumRows / layer.N : 1;
-  int64_t steps = sum_steps * (workers == 1 ? kSumsAlone : kSumsTogether * workers);
+  // A chunk has one block of a sum for each worker, which should stay in its cache.
+  int64_t steps = sum_steps * workers;
   if (steps > layer.T) steps = layer.T;
   const double work = double(layer.T) * flops_of(layer, gates) / kFlopsPerNs;
   return {workers, std::min(workers, layer.N),
