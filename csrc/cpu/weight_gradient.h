@@ -66,7 +66,8 @@ class WeightGradient {
   }
 
   // Adds slots [begin, end) to the part'th of `parts` parts of the rows. The factors of all panels
-  // are read again for each block, which should find them in L2, the block itself in L1.
+  // are read again for each block, which should find them in L2, the block itself in L1. The sums
+  // are far away: each tile asks for its own before it begins.
   void add(const Blocks<A>& blocks, int64_t begin, int64_t end, int64_t part, int64_t parts) {
     const int64_t last = row_blocks() * (part + 1) / parts;
     for (int64_t block = row_blocks() * part / parts; block < last; ++block) {
@@ -81,6 +82,8 @@ class WeightGradient {
           const A* x[kMaxRows];
           for (int n = 0; n < rows; ++n) x[n] = gradients + first + n;
           A* to = sums + first * stride;
+          for (int n = 0; n < rows; ++n)
+            for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + n * stride + v * kWidth, 1);
           find_tile<A, kWidth>(vectors, rows)(factors, {to, stride}, x, end - begin, {to, stride});
         });
       }
