@@ -15,7 +15,6 @@ class Forward {
   using V = Vec<A>;
   static constexpr int64_t kWidth = V::kWidth;
   static constexpr int kGates = Cell::kGates;
-  static constexpr int64_t kFar = 512 << 10;
   // Where x and h are stored in the type they are computed in, they are read in place.
   static constexpr bool kInPlace = sizeof(T) == sizeof(A);
 
@@ -38,7 +37,6 @@ class Forward {
   Slots slots;
   const int64_t members;  // of the team that takes each step; 1: each thread has its own rows
   const int64_t gx_stride;
-  const bool gx_is_far;  // a chunk's is larger than what lies near beside the weights
   const A** input_rows;  // [slots] rows of x, as the product reads them
   A* converted;          // [slots][I], where x cannot be read in place
   A* gx;                 // [slots][gx_stride]
@@ -63,8 +61,7 @@ class Forward {
         projection(1, a.w_hr ? a.R : 0, a.H),
         slots(a, schedule, arena),
         members(members_for(a, schedule, hidden.count())),
-        gx_stride(row_distance<A>(kGates * a.H)),
-        gx_is_far(slots.capacity * gx_stride * int64_t(sizeof(A)) > kFar) {
+        gx_stride(row_distance<A>(kGates * a.H)) {
     input.take(arena, a.b_ih);
     hidden.take(arena, a.b_hh);
     projection.take(arena, false);
@@ -288,7 +285,6 @@ class Forward {
 
   void run_tile(int64_t p, int vectors, int64_t first, int rows) {
     alignas(kVectorBytes) A product[kMaxRows * kMaxVectors * kWidth];
-    if (gx_is_far) prefetch_gates(p, first, rows);
     multiply_panel<A>(vectors, rows, hidden.panel_weights(p), hidden.panel_bias(p), x + first, a.R,
                       {product, vectors * kWidth});
     for (int b = 0; b < hidden.block_count(p); ++b) {
@@ -301,14 +297,6 @@ class Forward {
     }
   }
 
-  // What the input has given to the gates, which the update reads after the product.
-  void prefetch_gates(int64_t p, int64_t first, int rows) const {
-    for (int64_t j = first; j < first + rows; ++j)
-      for (int b = 0; b < hidden.block_count(p); ++b)
-        for (int g = 0; g < kGates; ++g)
-          __builtin_prefetch(live[j].gx + g * a.H + (hidden.first_block(p) + b) * kWidth);
-  }
-
   // The products of one block of units: `stride` from row to row.
   struct Block {
     const A* product;
@@ -317,6 +305,9 @@ class Forward {
 
   template <bool kFull>
   void update_rows(int64_t first, int rows, Block block) {
+    // What the input has given to the gates went out of the cache while the weights passed.
+    for (int64_t i = first; i < first + rows; ++i)
+      for (int g = 0; g < kGates; ++g) __builtin_prefetch(live[i].gx + g * a.H + block.unit);
     int j = 0;
     for (; j + 1 < rows; j += 2) update<2, kFull>(first + j, block, j);
     if (j < rows) update<1, kFull>(first + j, block, j);
