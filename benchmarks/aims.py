@@ -1,0 +1,303 @@
+"""What the CPU's loops are to reach, and what they reached: a part of ``make bench``, or alone.
+
+``backend="cpu"`` by name against torch.nn, on one thread, in float32, layer 0's input without
+gradient. ``docs/cpu-performance.md`` has the reasons where an aim was not reached.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import geometric_mean
+
+import torch
+from torch import nn
+
+from fused_rnn.bench import measure, timing
+from fused_rnn.bench.__main__ import progress, silence
+from fused_rnn.bench.arithmetic import DTYPES
+from fused_rnn.bench.measure import Bench, Point
+from fused_rnn.bench.providers import find
+from fused_rnn.bench.rows import Line, Row
+from fused_rnn.bench.timing import Turn
+from fused_rnn.bench.workloads import Case, Workload, grad_mode, square
+from fused_rnn.cells import CELLS
+
+OURS = "fused_rnn:cpu"
+CELL_NAMES = ("gru", "rnn_tanh", "lstm")
+SMALL = [(128, N, H) for H in (64, 256) for N in (1, 16, 64)]
+LARGE = [(64, 32, 512), (64, 64, 1024)]
+# By cell and pass: the geometric mean over SMALL, and each of LARGE.
+RATIOS = {
+    ("gru", "train"): (7.0, 1.35),
+    ("gru", "forward"): (4.0, 1.2),
+    ("rnn_tanh", "train"): (5.0, 1.25),
+    ("rnn_tanh", "forward"): (3.0, 1.05),
+    ("lstm", "train"): (1.8, 1.2),
+    ("lstm", "forward"): (1.5, 1.0),
+}
+NOISE = 0.95
+"""A ratio of 1 to torch.nn that is above this is one within the noise."""
+SPEEDUP = 1.6
+"""Two threads are judged where they give the sgemm beside them at least this much."""
+
+
+@dataclass(frozen=True)
+class Aim(Line):
+    """One aim: ``reached`` is to be at least ``aim``, or at most, where ``most``. ``reached`` is
+    empty, and ``note`` says why, where it could not be measured or does not count."""
+
+    name: str
+    aim: float
+    most: bool
+    reached: float | None
+    of: str = ""
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.reached is None:
+            return None
+        return self.reached <= self.aim if self.most else self.reached >= self.aim
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As a table has them."""
+        verdict = {True: "yes", False: "no", None: "not judged"}[self.met]
+        reached = "" if self.reached is None else f"{self.reached:.2f}"
+        sign = "≤" if self.most else "≥"
+        return (
+            self.name,
+            f"{sign} {self.aim:g}",
+            reached,
+            verdict,
+            "; ".join(filter(None, (self.of, self.note))),
+        )
+
+
+HEAD = ("aim", "wanted", "reached", "met", "of")
+
+
+def ratio_points() -> list[Point]:
+    """What :data:`RATIOS` speak of. The names are their own: a run has rows of some of the shapes
+    with another provider."""
+    shapes = [square(cell, H, N, T) for T, N, H in SMALL + LARGE for cell in CELL_NAMES]
+    named = [replace(w, name=f"aim-{w.name}") for w in shapes]
+    return measure.points(named, kinds=("forward", "train"))
+
+
+def is_ours(row: Row) -> bool:
+    """Whether the CPU's loops ran it, by name or because ``auto`` chose them, on one thread."""
+    ours = row.provider == OURS or (row.provider == "fused_rnn" and row.backend == "cpu")
+    plain = row.dtype == "float32" and not (row.task or row.input_gradient)
+    return ours and plain and row.threads == 1 and row.ratio is not None
+
+
+def missing(points: Iterable[Point], found: Iterable[Row]) -> list[Point]:
+    """The points that no row is of, whatever its workload is called."""
+    there = {(row.cell, row.shape, row.kind) for row in found if is_ours(row)}
+    return [p for p in points if (p.workload.cell, p.workload.shape, p.kind) not in there]
+
+
+def ratio_aims(found: Iterable[Row]) -> Iterator[Aim]:
+    """The table of ratios, and the share of the sgemm beside them."""
+    by_shape = {(r.cell, r.kind, *map(r.sizes.get, "TNH")): r for r in found if is_ours(r)}
+
+    def rows_of(cell: str, kind: str, shapes: Iterable[tuple[int, int, int]]) -> list[Row]:
+        return [by_shape[key] for shape in shapes if (key := (cell, kind, *shape)) in by_shape]
+
+    for (cell, kind), (small, large) in RATIOS.items():
+        these = rows_of(cell, kind, SMALL)
+        ratios = [row.ratio for row in these if row.ratio]
+        mean = geometric_mean(ratios) if len(ratios) == len(SMALL) else None
+        each = ", ".join(f"{row.sizes['N']}×{row.sizes['H']} {row.ratio:.2f}" for row in these)
+        yield Aim(f"{cell} {kind}, T128, mean", small, False, mean, f"N×H: {each}")
+        for row in rows_of(cell, kind, LARGE):
+            name = f"{cell} {kind}, {':'.join(str(row.sizes[k]) for k in 'TNH')}"
+            yield Aim(name, large, False, row.ratio)
+    for name, aim, shapes in (
+        ("training, H 256, N 16 and 64: share of sgemm", 0.65, SMALL),
+        ("training, large: share of sgemm", 0.85, LARGE),
+    ):
+        these = [row for cell in CELL_NAMES for row in rows_of(cell, "train", shapes)]
+        shares = {
+            f"{row.cell} {row.sizes['N']}×{row.sizes['H']}": row.gflops / row.calibration_gflops
+            for row in these
+            if row.gflops and row.calibration_gflops
+            if row.sizes["N"] >= 16 and row.sizes["H"] >= 256
+        }
+        yield worst(name, aim, shares, most=False)
+
+
+def worst(name: str, aim: float, found: dict[str, float], *, most: bool, note: str = "") -> Aim:
+    """An aim that all of ``found`` are to reach."""
+    reached = (max if most else min)(found.values(), default=None)
+    each = ", ".join(f"{what} {value:.2f}" for what, value in found.items())
+    return Aim(name, aim, most, reached, each, note)
+
+
+def case(w: Workload, dtype: str = "float32") -> Case:
+    return find(OURS).case(w, DTYPES[dtype].dtype, "cpu")
+
+
+def quotient(over: Turn, under: Turn, seconds: float) -> float:
+    """The time of one call over that of another, in turn."""
+    samples = timing.interleave({"over": over, "under": under}, seconds)
+    return timing.median_ratio(samples["over"], samples["under"])
+
+
+class EmptyCall(nn.Module):
+    """What the call of a cell costs without the step: an op with a cell's operands and results, on
+    no sequences at all."""
+
+    def __init__(self, like: nn.Module, cell: int, states: int) -> None:
+        super().__init__()
+        self.cell, self.states = cell, states
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            self.register_parameter(name, getattr(like, name))
+        self.op = torch.ops.fused_rnn.layer
+
+    def forward(self, x: torch.Tensor, hx: torch.Tensor) -> torch.Tensor:
+        w_ih, w_hh, b_ih, b_hh = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        more = (False, False, None, None, None, None, None, 0, False)
+        c0 = hx if self.states == 2 else None
+        _, _, h_n, _, _ = self.op(self.cell, x, w_ih, b_ih, w_hh, b_hh, hx, c0, *more)
+        return h_n
+
+
+def step_aims(seconds: float) -> Iterator[Aim]:
+    found = {}
+    for name in CELL_NAMES:
+        cell, w = CELLS[name], Workload(name, name, mode="step", T=1, N=1, I=128, H=128)
+        step = case(w)
+        empty = EmptyCall(step.module, cell.id, cell.states)
+        x, hx = torch.empty(1, 0, 128), torch.empty(0, 128)
+        with grad_mode("step"):
+            found[name] = quotient(Turn(step.step), Turn(partial(empty, x, hx)), seconds)
+    yield worst("cell step, N 1, H 128: times an empty op", 1.6, found, most=True)
+
+
+def slope_aims(seconds: float, least: int = 128, most: int = 4096) -> Iterator[Aim]:
+    """How a step's cost at ``most`` steps compares with that at ``least``."""
+    found = {}
+    for name in CELL_NAMES:
+        short, long = (case(square(name, 64, 16, T)) for T in (least, most))
+        found[name] = quotient(Turn(long.train), Turn(short.train), seconds) * least / most
+    slopes = {name: 1 + math.log(value) / math.log(most / least) for name, value in found.items()}
+    note = ", ".join(f"{name} {slope:.3f}" for name, slope in slopes.items())
+    name = f"training, a step's time at T {most} over that at T {least}"
+    yield worst(name, 1.05, found, most=True, note=f"slopes {note}")
+
+
+def thread_aims(seconds: float) -> Iterator[Aim]:
+    product = timing.calibration()
+    for name, aim, sizes in (
+        ("training on two threads, H 256, N 16 and 64: times faster", 1.7, [(16, 256), (64, 256)]),
+        ("training on two threads, H 64: times faster", NOISE, [(1, 64), (16, 64), (64, 64)]),
+    ):
+        found, gains = {}, []
+        for cell in CELL_NAMES:
+            for N, H in sizes:
+                call = case(square(cell, H, N, 128)).train
+                turns = {
+                    f"{what} {n}": Turn(f, n)
+                    for n in (1, 2)
+                    for what, f in (("call", call), ("sgemm", product))
+                }
+                samples = timing.interleave(turns, seconds)
+                gains.append(timing.median_ratio(samples["sgemm 1"], samples["sgemm 2"]))
+                if gains[-1] >= SPEEDUP:
+                    gain = timing.median_ratio(samples["call 1"], samples["call 2"])
+                    found[f"{cell} {N}×{H}"] = gain
+        note = f"sgemm gained {min(gains):.2f} to {max(gains):.2f}, counted from {SPEEDUP}"
+        yield worst(name, aim, found, most=False, note=note)
+
+
+def half_aims(seconds: float) -> Iterator[Aim]:
+    times, peaks = {}, {}
+    for cell in CELL_NAMES:
+        w = square(cell, 256, 16, 128)
+        full = case(w)
+        for dtype in ("bfloat16", "float16"):
+            half, name = case(w, dtype), f"{cell} {dtype}"
+            times[name] = quotient(Turn(half.train), Turn(full.train), seconds)
+            own, whole = (timing.peak_memory(c.train) for c in (half, full))
+            if own and whole:
+                peaks[name] = own / whole
+    yield worst("training in half types, 128:16:256: time over float32's", 1.1, times, most=True)
+    yield worst("training in half types, 128:16:256: memory over float32's", 0.5, peaks, most=True)
+
+
+def memory_aims() -> Iterator[Aim]:
+    """What one call of training grows the process by, against what is counted on paper."""
+    found = {}
+    for cell in CELL_NAMES:
+        for T, N, H in ((512, 16, 128), (128, 64, 256)):
+            w = square(cell, H, N, T)
+            used = timing.peak_memory(case(w).train)
+            if used is not None:
+                found[f"{cell} {T}:{N}:{H}"] = used / bytes_on_paper(w)
+    yield worst("training, peak memory over what is counted on paper", 1.1, found, most=True)
+
+
+def bytes_on_paper(w: Workload) -> int:
+    """Of one call of training in float32: what is kept of each step (h, c and what the cell saves),
+    a gradient of each weight, and each weight as the loops read it."""
+    cell = CELLS[w.cell]
+    rows = w.T * w.N * w.H * (cell.states + cell.saved)
+    weights = cell.gates * w.H * (w.I + w.H)
+    return 4 * (rows + 2 * weights)
+
+
+def ragged_aims(seconds: float) -> Iterator[Aim]:
+    found = {}
+    for cell in CELL_NAMES:
+        for N in (16, 64):
+            dense = square(cell, 256, N, 128)
+            ragged = replace(dense, lengths="uniform")
+            share = float(ragged.sequence_lengths().sum()) / (dense.T * N)
+            time = quotient(Turn(case(ragged).train), Turn(case(dense).train), seconds)
+            found[f"{cell} N{N}"] = time / share
+    name = "training, uniform lengths, H 256: time over the share of the steps"
+    yield worst(name, 1.2, found, most=True)
+
+
+def own_aims(seconds: float) -> Iterator[Aim]:
+    """Those that are not against torch.nn; each comparison takes about so many seconds."""
+    with timing.torch_threads(1):
+        yield from step_aims(seconds)
+        yield from slope_aims(seconds)
+        yield from half_aims(seconds)
+        yield from memory_aims()
+        yield from ragged_aims(seconds)
+    yield from thread_aims(seconds)
+
+
+def table(found: Iterable[Aim]) -> Iterator[str]:
+    for aim in found:
+        name, wanted, reached, met, of = aim.cells
+        yield f"{name:66} {wanted:>7} {reached:>7} {met:10} {of}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=0.5, help="a comparison, at least")
+    parser.add_argument("--own", action="store_true", help="only what is not against torch.nn")
+    arguments = parser.parse_args(argv)
+    silence()
+    found: list[Row] = []
+    if not arguments.own:
+        bench = Bench([find(OURS), find("torch")])
+        for point in progress(ratio_points()):
+            found += bench.rows(point, arguments.seconds, 3)
+    for line in table([*ratio_aims(found), *own_aims(arguments.seconds)]):
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
