@@ -2,7 +2,7 @@
 # PYTHON= chooses the Python it is made with, CXX= the compiler, PYTEST= adds options for pytest.
 PYTHON ?= python3
 BIN := .venv/bin
-CPP_FOLDERS := benchmarks/micro csrc csrc/cpu csrc/cuda tests tests/emulator tests/emulator/cases \
+CPP_FOLDERS := benchmarks benchmarks/micro csrc csrc/cpu csrc/cuda tests tests/emulator tests/emulator/cases \
     tests/emulator/cuda tests/emulator/ops tests/fake_cuda tests/fake_cuda/torch/csrc/stable
 CPP_SOURCES = $(wildcard $(foreach kind,h cpp cu cuh,$(CPP_FOLDERS:=/*.$(kind))))
 SANITIZED := build/sanitized

@@ -1,7 +1,8 @@
 """What the CPU's loops are to reach, and what they reached: a part of ``make bench``, or alone.
 
-``backend="cpu"`` by name against torch.nn, on one thread, in float32, layer 0's input without
-gradient. ``docs/cpu-performance.md`` has the reasons where an aim was not reached.
+Ratios are those of ``backend="cpu"`` to torch.nn on one thread, in float32, layer 0's input without
+gradient; the rest compares our own calls with each other. docs/cpu-performance.md has the reasons
+where an aim was not reached.
 """
 
 import argparse
@@ -10,12 +11,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from statistics import geometric_mean
 
+import results
 import torch
 from torch import nn
 
-from fused_rnn.bench import measure, timing
+from fused_rnn.bench import measure, rows, timing
 from fused_rnn.bench.__main__ import progress, silence
 from fused_rnn.bench.arithmetic import DTYPES
 from fused_rnn.bench.measure import Bench, Point
@@ -40,6 +43,10 @@ RATIOS = {
 }
 NOISE = 0.95
 """A ratio of 1 to torch.nn that is above this is one within the noise."""
+SECONDS = 0.5
+"""Of a comparison among our own calls, at least."""
+LEAST = 3
+"""Repeats of a large point: torch.nn alone takes seconds."""
 SPEEDUP = 1.6
 """Two threads are judged where they give the sgemm beside them at least this much."""
 
@@ -131,6 +138,28 @@ def ratio_aims(found: Iterable[Row]) -> Iterator[Aim]:
         yield worst(name, aim, shares, most=False)
 
 
+def workload_aims(found: list[Row], whence: str) -> Iterator[Aim]:
+    """Of rows of every workload with ``backend="cpu"`` by name, which ``whence`` tells."""
+    ours = [row for row in found if row.provider == OURS and row.threads == 1 and row.ratio]
+    slow = sorted(ours, key=lambda row: row.ratio or 0.0)[:3]
+    lowest = {f"{row.workload} {row.kind}": row.ratio for row in slow if row.ratio}
+    name = "every workload, by name: lowest ratios to torch.nn"
+    yield worst(name, NOISE, lowest, most=False, note=whence)
+    trained = [row.ratio for row in ours if row.kind == "train" and row.ratio]
+    mean = geometric_mean(trained) if trained else None
+    of = f"{len(trained)} rows"
+    yield Aim("every workload, by name, training: geometric mean", 4.0, False, mean, of, whence)
+
+
+def kept(folder: Path) -> tuple[list[Row], str]:
+    """Rows of all workloads, which take a quarter of an hour and are measured apart."""
+    path = folder / "workloads-cpu.csv"
+    if not path.exists():
+        return [], f"no {path.name} is kept of this device: see benchmarks/README.md"
+    found, origin = rows.read(path)
+    return found, f"{path.name}, {origin.date[:10]}, commit {origin.commit}"
+
+
 def worst(name: str, aim: float, found: dict[str, float], *, most: bool, note: str = "") -> Aim:
     """An aim that all of ``found`` are to reach."""
     reached = (max if most else min)(found.values(), default=None)
@@ -180,15 +209,16 @@ def step_aims(seconds: float) -> Iterator[Aim]:
 
 
 def slope_aims(seconds: float, least: int = 128, most: int = 4096) -> Iterator[Aim]:
-    """How a step's cost at ``most`` steps compares with that at ``least``."""
-    found = {}
+    """How training time grows with T: the slope of its logarithm between two T."""
+    slopes, costs = {}, []
     for name in CELL_NAMES:
         short, long = (case(square(name, 64, 16, T)) for T in (least, most))
-        found[name] = quotient(Turn(long.train), Turn(short.train), seconds) * least / most
-    slopes = {name: 1 + math.log(value) / math.log(most / least) for name, value in found.items()}
-    note = ", ".join(f"{name} {slope:.3f}" for name, slope in slopes.items())
-    name = f"training, a step's time at T {most} over that at T {least}"
-    yield worst(name, 1.05, found, most=True, note=f"slopes {note}")
+        cost = quotient(Turn(long.train), Turn(short.train), seconds) * least / most
+        slopes[name] = 1 + math.log(cost) / math.log(most / least)
+        costs.append(f"{name} {cost:.2f}")
+    note = f"a step takes {', '.join(costs)} times as long"
+    name = f"training 16:64, slope of time from T {least} to {most}"
+    yield worst(name, 1.05, slopes, most=True, note=note)
 
 
 def thread_aims(seconds: float) -> Iterator[Aim]:
@@ -218,16 +248,17 @@ def thread_aims(seconds: float) -> Iterator[Aim]:
 def half_aims(seconds: float) -> Iterator[Aim]:
     times, peaks = {}, {}
     for cell in CELL_NAMES:
-        w = square(cell, 256, 16, 128)
+        w, long = square(cell, 256, 16, 128), square(cell, 256, 16, 512)
         full = case(w)
+        whole = timing.peak_memory(case(long).train)
         for dtype in ("bfloat16", "float16"):
-            half, name = case(w, dtype), f"{cell} {dtype}"
-            times[name] = quotient(Turn(half.train), Turn(full.train), seconds)
-            own, whole = (timing.peak_memory(c.train) for c in (half, full))
-            if own and whole:
-                peaks[name] = own / whole
+            name = f"{cell} {dtype}"
+            times[name] = quotient(Turn(case(w, dtype).train), Turn(full.train), seconds)
+            half = timing.peak_memory(case(long, dtype).train)
+            if half and whole:
+                peaks[name] = half / whole
     yield worst("training in half types, 128:16:256: time over float32's", 1.1, times, most=True)
-    yield worst("training in half types, 128:16:256: memory over float32's", 0.5, peaks, most=True)
+    yield worst("training in half types, 512:16:256: memory over float32's", 0.5, peaks, most=True)
 
 
 def memory_aims() -> Iterator[Aim]:
@@ -243,12 +274,14 @@ def memory_aims() -> Iterator[Aim]:
 
 
 def bytes_on_paper(w: Workload) -> int:
-    """Of one call of training in float32: what is kept of each step (h, c and what the cell saves),
-    a gradient of each weight, and each weight as the loops read it."""
+    """Of one call of training in float32: what is kept of each step (h, c and what the cell saves);
+    each weight's gradient and the sums it is made of, and the recurrent weight as the backward
+    reads it; and the gates' gradients and their factors of a chunk of 256 rows."""
     cell = CELLS[w.cell]
-    rows = w.T * w.N * w.H * (cell.states + cell.saved)
-    weights = cell.gates * w.H * (w.I + w.H)
-    return 4 * (rows + 2 * weights)
+    kept = w.T * w.N * w.H * (cell.states + cell.saved)
+    weights = cell.gates * w.H * (2 * (w.I + w.H) + w.H)
+    chunk = 256 * ((cell.gates + cell.splits_gates) * w.H + w.I + w.H)
+    return 4 * (kept + weights + chunk)
 
 
 def ragged_aims(seconds: float) -> Iterator[Aim]:
@@ -264,7 +297,7 @@ def ragged_aims(seconds: float) -> Iterator[Aim]:
     yield worst(name, 1.2, found, most=True)
 
 
-def own_aims(seconds: float) -> Iterator[Aim]:
+def own_aims(seconds: float = SECONDS) -> Iterator[Aim]:
     """Those that are not against torch.nn; each comparison takes about so many seconds."""
     with timing.torch_threads(1):
         yield from step_aims(seconds)
@@ -275,27 +308,32 @@ def own_aims(seconds: float) -> Iterator[Aim]:
     yield from thread_aims(seconds)
 
 
-def table(found: Iterable[Aim]) -> Iterator[str]:
+def text(found: Iterable[Aim]) -> Iterator[str]:
+    """The table, line by line."""
     for aim in found:
         name, wanted, reached, met, of = aim.cells
-        yield f"{name:66} {wanted:>7} {reached:>7} {met:10} {of}"
+        yield f"{name:62} {wanted:>7} {reached:>7}  {met:10}  {of}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=0.5, help="a comparison, at least")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="a comparison, at least")
     parser.add_argument("--own", action="store_true", help="only what is not against torch.nn")
     arguments = parser.parse_args(argv)
     silence()
-    found: list[Row] = []
+    aims: list[Aim] = []
     if not arguments.own:
         bench = Bench([find(OURS), find("torch")])
+        found: list[Row] = []
         for point in progress(ratio_points()):
-            found += bench.rows(point, arguments.seconds, 3)
-    for line in table([*ratio_aims(found), *own_aims(arguments.seconds)]):
-        print(line, flush=True)
+            found += bench.rows(point, arguments.seconds, LEAST)
+        aims += ratio_aims(found)
+        aims += workload_aims(*kept(results.RESULTS / rows.slug(rows.device_name())))
+    aims += own_aims(arguments.seconds)
+    for line in text(aims):
+        print(line)
     return 0
 
 

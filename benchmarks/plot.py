@@ -82,7 +82,7 @@ def figures(path: Path, before: Path | None = None) -> Iterator[tuple[str, Figur
         if before:
             drawn["changes"] = charts.changes([r for r in read(before)[0] if r.p50_ms], timed, run)
         yield from ((name, figure) for name, figure in drawn.items() if figure)
-    curves = results.losses_path(path)
+    curves = results.of_run(path, "losses")
     if curves.exists():
         yield "losses", losses(curves)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import aims
 import results
 
 from fused_rnn.bench import rows
@@ -35,6 +36,11 @@ TODAY_HEAD = (
 TODAY_WORDS = (
     "What people write with torch.nn today, against our one call for it, and that against our own "
     "modules used as torch.nn's; all three in turn, on one thread."
+)
+AIMS_WORDS = (
+    'What the CPU\'s loops are to reach: ratios are those of `backend="cpu"` to torch.nn, on one '
+    "thread; [docs/cpu-performance.md](cpu-performance.md) has the reasons where an aim was not "
+    "reached."
 )
 PICTURES = ("ratios", "heat", "scaling", "roofline", "memory")
 STYLE = """
@@ -158,6 +164,12 @@ def devices(folder: Path = results.RESULTS) -> list[Path]:
     return found
 
 
+def aims_of(path: Path) -> list[aims.Aim]:
+    """What the run of a file of rows said of the CPU's aims; older ones have none."""
+    beside = results.of_run(path, "aims")
+    return [aims.Aim.parse(line) for line in rows.lines(beside)] if beside.exists() else []
+
+
 def pictures(path: Path, suffix: str) -> list[Path]:
     """Those that were drawn of a file of rows."""
     named = (path.with_name(f"{path.stem}-{name}.{suffix}") for name in PICTURES)
@@ -174,6 +186,8 @@ def page(folder: Path = results.RESULTS) -> str:
     for path in devices(folder):
         _, run = rows.read(path)
         parts += [f"## {run.device}", table(path)]
+        if found := aims_of(path):
+            parts += [AIMS_WORDS, "\n".join(markdown(aims.HEAD, 0, (aim.cells for aim in found)))]
         for picture in pictures(path, "png"):
             parts.append(f"![{picture.stem}](../{relative(picture).as_posix()})")
     checked = sorted(folder.glob("*/summary.md"))
@@ -193,6 +207,9 @@ def html_page(folder: Path = results.RESULTS) -> str:
         parts += [*html_table(HEAD, lines(found)), f"<p>{html.escape(COUNTS)}</p>"]
         if tasks := [*today(found)]:
             parts += [f"<p>{html.escape(TODAY_WORDS)}</p>", *html_table(TODAY_HEAD, tasks)]
+        if reached := aims_of(path):
+            parts.append(f"<p>{html.escape(AIMS_WORDS)}</p>")
+            parts += html_table(aims.HEAD, (aim.cells for aim in reached))
         parts.append(f"<p>{html.escape(source(run, path))}</p>")
         for picture in pictures(path, "svg"):
             drawn = picture.read_text()

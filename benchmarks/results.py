@@ -16,9 +16,8 @@ sys.path.append(str(ROOT.parent))
 
 def complete(folder: Path = RESULTS) -> list[Path]:
     """The complete runs below ``folder``, the latest first."""
-    # Those of `make gpu-check` have names without a date.
-    dated = [path for path in folder.rglob("*.csv") if re.match(r"\d{4}-\d\d-\d\d", path.stem)]
-    files = [path for path in dated if not path.stem.endswith(("-part", "-losses"))]
+    # Files of other kinds have other names.
+    files = [path for path in folder.rglob("*.csv") if re.fullmatch(r"[\d-]+(T\d+Z)?", path.stem)]
     return sorted(files, key=lambda path: path.name, reverse=True)
 
 
@@ -30,6 +29,7 @@ def newest(folder: Path = RESULTS) -> Path:
     return files[0]
 
 
-def losses_path(rows: Path) -> Path:
-    """Where the loss curves of the run that wrote ``rows`` are."""
-    return rows.with_name(f"{rows.stem}-losses.csv")
+def of_run(rows: Path, what: str) -> Path:
+    """Where else the run that wrote ``rows`` keeps results: ``losses``, the character models' loss
+    curves; ``cpu``, rows of the CPU's loops by name; ``aims``, what they are to reach."""
+    return rows.with_name(f"{rows.stem}-{what}.csv")

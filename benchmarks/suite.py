@@ -4,7 +4,8 @@
 2. the small workloads against torch.nn: checked, timed in turn, memory beside it
    (``fused_rnn/bench/measure.py``);
 3. what people write with torch.nn where ours has one call (``fused_rnn/bench/today.py``), likewise;
-4. a character language model, once with each LSTM (``char_lm.py``).
+4. what the CPU's loops are to reach (``aims.py``);
+5. a character language model, once with each LSTM (``char_lm.py``).
 
 Prints as it goes, keeps rows, loss curves and pictures under ``results/<device>/``. The exit
 status says whether all checks passed; rows slower than torch.nn are listed at the end.
@@ -15,11 +16,12 @@ import csv
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
+import aims
 import char_lm
 import plot
 import report
@@ -32,7 +34,7 @@ from fused_rnn.bench import check, measure, rows, timing, workloads
 from fused_rnn.bench.__main__ import progress, silence
 from fused_rnn.bench.measure import Bench, Point
 from fused_rnn.bench.providers import find
-from fused_rnn.bench.rows import Row, Writer
+from fused_rnn.bench.rows import Provenance, Row, Writer
 from fused_rnn.bench.timing import Rates, Turn, torch_threads
 
 PROVIDERS = {"fused_rnn": fused_rnn, "torch": nn}
@@ -46,6 +48,7 @@ class Run:
     """What the parts of a run share."""
 
     writer: Writer
+    origin: Provenance
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     rates: dict[int, Rates] = field(default_factory=dict)
@@ -111,8 +114,26 @@ def measured(
     return late
 
 
+def aims_part(run: Run, seconds: float) -> None:
+    """Measures what part 2 has no row of, and prints the table."""
+    say(f"\n4. What the CPU's loops are to reach: {aims.OURS} on one thread")
+    points = aims.missing(aims.ratio_points(), run.rows)
+    path = results.of_run(run.writer.path, "cpu")
+    with Writer(path, run.origin) as writer:
+        apart = replace(run, writer=writer, rows=[])
+        measured(apart, (aims.OURS, "torch"), points, seconds, aims.LEAST)
+    folder = run.writer.path.parent
+    found = [*aims.ratio_aims(run.rows + apart.rows), *aims.workload_aims(*aims.kept(folder))]
+    found += aims.own_aims()
+    with Writer(results.of_run(run.writer.path, "aims"), run.origin, aims.Aim) as writer:
+        for aim in found:
+            writer.write(aim)
+    for line in aims.text(found):
+        say(f"   {line}")
+
+
 def char_lm_part(run: Run, steps: int) -> None:
-    say("\n4. A character model on Python's standard library: Embedding + LSTM + Linear")
+    say("\n5. A character model on Python's standard library: Embedding + LSTM + Linear")
     corpus = char_lm.load_corpus()
     say(
         f"   {corpus.files} files, {len(corpus.data):,} characters, {len(corpus.vocabulary)} "
@@ -127,7 +148,7 @@ def char_lm_part(run: Run, steps: int) -> None:
     with torch_threads(1):
         learners = char_lm.train(PROVIDERS, {}, corpus, steps, progress)
         sgemm = timing.interleave({"sgemm": Turn(timing.calibration())}, 0.1)["sgemm"]
-    write_losses(results.losses_path(run.writer.path), learners)
+    write_losses(results.of_run(run.writer.path, "losses"), learners)
 
     found = char_lm.agreement(learners)
     verdict = (
@@ -202,10 +223,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, default=100, help="seconds for part 2")
     parser.add_argument("--today", type=float, default=18, help="seconds for part 3")
+    parser.add_argument("--aims", type=float, default=40, help="seconds for part 4, at least")
     parser.add_argument("--steps", type=int, default=300, help="of the character model")
     parser.add_argument("--out", type=Path, default=results.RESULTS, help="results folder")
     parser.add_argument(
-        "--quick", action="store_true", help="one thread, few repeats, 30 steps: does it run"
+        "--quick",
+        action="store_true",
+        help="one thread, few repeats, no part 4, 30 steps: does it run",
     )
     return parser.parse_args(argv)
 
@@ -224,10 +248,12 @@ def main(argv: list[str] | None = None) -> int:
     say(f"fused_rnn {origin.fused_rnn}: {origin.build}")
 
     with Writer(path, origin) as writer:
-        run = Run(writer)
+        run = Run(writer, origin)
         check_part(run)
         left_out = timing_part(run, threads, arguments.budget, least)
         left_out |= today_part(run, arguments.today, least)
+        if not arguments.quick:
+            aims_part(run, arguments.aims)
         char_lm_part(run, arguments.steps)
     summary(run, left_out)
     say(f"\n{time.perf_counter() - start:.0f} s. Rows and pictures:")

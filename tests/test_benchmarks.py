@@ -327,7 +327,8 @@ def test_a_writer_that_appends_goes_on_behind_whole_lines(tmp_path):
 def test_newest_is_the_last_complete_run(tmp_path):
     with pytest.raises(FileNotFoundError, match="make bench"):
         results.newest(tmp_path)
-    names = ("2026-01-01", "2026-01-02", "2026-01-03-part", "2026-01-02-losses", "grid")
+    others = ("2026-01-03-part", "2026-01-02-losses", "2026-01-04-few-rows", "grid")
+    names = ("2026-01-01", "2026-01-02", *others)
     for name in names:
         write(tmp_path / "device" / f"{name}.csv", ROW)
     assert results.newest(tmp_path).name == "2026-01-02.csv"

@@ -1,5 +1,6 @@
 """`make sentinel`: what counts as lost speed, and against which rows."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from test_benchmarks import ORIGIN, ROW
 from fused_rnn.bench import workloads
 from fused_rnn.bench.rows import Writer
 
+HOUSE = Path(__file__).resolve().parents[1]
 SHAPES = {w.name: w for w in workloads.load()}
 
 
@@ -66,7 +68,7 @@ def run(tmp_path, monkeypatch, capsys):
             return [replace(row, provider="torch"), replace(row, **more) if is_first else row]
 
         monkeypatch.setattr(sentinel.Bench, "rows", measured)
-        return sentinel.main(), asked.count(sentinel.SENTINELS[0][0]), capsys.readouterr().out
+        return sentinel.main([]), asked.count(sentinel.SENTINELS[0][0]), capsys.readouterr().out
 
     return run
 
@@ -93,3 +95,43 @@ def test_without_rows_nothing_is_compared(run, monkeypatch):
     found, asked, told = run(())
     assert (found, asked) == (0, 0)
     assert "no rows are kept of another" in told
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.setattr(sentinel, "COUNTED", (("lstm", 4, 2, 8, "forward"),))
+    monkeypatch.setattr(sentinel, "COUNTS", tmp_path / "instructions.csv")
+
+
+@pytest.mark.skipif(
+    not (shutil.which("valgrind") and shutil.which("g++")), reason="needs valgrind and g++"
+)
+@pytest.mark.usefixtures("tiny")
+def test_instructions_are_the_same_each_time(tmp_path, monkeypatch, capsys):
+    if not [*HOUSE.glob("build/release-*/kernels.avx2.float.o")]:
+        pytest.skip("needs the AVX2 build of the loops in build/")
+    assert sentinel.main(["--count", "--keep"]) == 0
+    assert "lstm 4:2:8 forward" in (told := capsys.readouterr().out)
+    assert "none kept" in told
+    assert sentinel.main(["--count"]) == 0
+    assert "+0.0%" in capsys.readouterr().out
+    first = sentinel.rows.lines(sentinel.COUNTS)[0]
+    assert first["commit"]
+    # Twice the steps: more instructions, less than twice as many.
+    monkeypatch.setattr(sentinel, "COUNTED", (("lstm", 8, 2, 8, "forward"),))
+    (longer,) = sentinel.counts(tmp_path / "count")
+    assert 1 < longer.instructions / int(first["instructions"]) < 2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_what_cannot_be_counted_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sentinel.results, "ROOT", tmp_path / "benchmarks")
+    assert sentinel.main(["--count"]) == 0
+    assert "no kernels.avx2.float.o" in capsys.readouterr().out
+    built = tmp_path / "build" / "release-x" / "kernels.avx2.float.o"
+    built.parent.mkdir(parents=True)
+    built.touch()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert sentinel.main(["--count", "--keep"]) == 0
+    assert "there is no no-such-compiler" in capsys.readouterr().out
+    assert not sentinel.COUNTS.exists()
