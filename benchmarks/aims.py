@@ -173,6 +173,8 @@ def case(w: Workload, dtype: str = "float32") -> Case:
 
 def quotient(over: Turn, under: Turn, seconds: float) -> float:
     """The time of one call over that of another, in turn."""
+    for turn in (over, under):
+        turn.call()  # the first call may take so long that a sample would have no more than one
     samples = timing.interleave({"over": over, "under": under}, seconds)
     return timing.median_ratio(samples["over"], samples["under"])
 
@@ -236,6 +238,7 @@ def thread_aims(seconds: float) -> Iterator[Aim]:
                     for n in (1, 2)
                     for what, f in (("call", call), ("sgemm", product))
                 }
+                call()
                 samples = timing.interleave(turns, seconds)
                 gains.append(timing.median_ratio(samples["sgemm 1"], samples["sgemm 2"]))
                 if gains[-1] >= SPEEDUP:
