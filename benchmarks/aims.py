@@ -43,7 +43,7 @@ RATIOS = {
 }
 NOISE = 0.95
 """A ratio of 1 to torch.nn that is above this is one within the noise."""
-SECONDS = 0.5
+SECONDS = 0.3
 """Of a comparison among our own calls, at least."""
 LEAST = 3
 """Repeats of a large point: torch.nn alone takes seconds."""
@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     silence()
     aims: list[Aim] = []
     if not arguments.own:
-        bench = Bench([find(OURS), find("torch")])
+        bench = Bench([find(OURS), find("torch")], memory=False)
         found: list[Row] = []
         for point in progress(ratio_points()):
             found += bench.rows(point, arguments.seconds, LEAST)

@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <type_traits>
 
@@ -91,10 +92,11 @@ int64_t processors() {
   return std::numeric_limits<int64_t>::max();
 }
 
-// The most rows of the batch for each thread with which a team was faster than sharing them out;
-// and the arithmetic of a step, for each thread, that is worth a meeting.
+// The most rows of the batch for each thread with which a team was faster than sharing them out. A
+// step of so few takes as long as its weights do to pass; the more members there are, the longer
+// does a meeting take: each has to have so many weights for each member. Measured with two.
 constexpr int64_t kRowsTogether = 3;
-constexpr double kFlopsPerMeeting = 2.5e5;
+constexpr double kWeightsPerMeeting = 1e4;
 
 // A pool wakes its threads in some 10 us, and up to 100 if they sleep. To wait as long as the work
 // takes, at some 100 GFLOP/s, at most doubles its time.
@@ -103,7 +105,8 @@ constexpr double kMostPatience = 1e5, kFlopsPerNs = 100;
 // Of a team that shares out the hidden units instead. Threads without a processor would keep the
 // others waiting at every step.
 int64_t members_of(const Layer& layer, int64_t gates, int64_t workers) {
-  const double worth = flops_of(layer, gates) / kFlopsPerMeeting;
+  const double weights = double(layer.R) * double(layer.H) * double(gates);
+  const double worth = std::sqrt(weights / kWeightsPerMeeting);
   if (layer.N > kRowsTogether * workers) return 1;
   return std::min({workers, processors(), worth < 1 ? int64_t(1) : int64_t(worth)});
 }

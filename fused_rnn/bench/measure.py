@@ -86,11 +86,12 @@ class Entry:
 @dataclass
 class Bench:
     """What all points share. torch.nn is what others are checked against, also where it is not
-    among the providers."""
+    among the providers. Without ``memory`` no peaks are measured, which takes three calls more."""
 
     providers: list[Provider]
     device: str = "cpu"
     input_gradient: bool = False
+    memory: bool = True
     entries: dict[tuple[Workload, str], list[Entry]] = field(default_factory=dict)
     rates: dict[int, Rates] = field(default_factory=dict)
 
@@ -119,7 +120,8 @@ class Bench:
                     with grad_mode(point.kind):
                         ran[entry.name] = entry.provider.ran(entry.case)
                         call = self.rotating(entry.case, point.kind)
-                        peaks[entry.name] = self.peak(call, point.threads)
+                        if self.memory:
+                            peaks[entry.name] = self.peak(call, point.threads)
                     calls[entry.name] = call
             samples: dict[str, list[float]] = {}
             together = Entry(self.providers[0])
