@@ -8,22 +8,24 @@ where an aim was not reached.
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
+from typing import Any
 
 import results
 import torch
 from torch import nn
 
+import fused_rnn
 from fused_rnn.bench import measure, rows, timing
 from fused_rnn.bench.__main__ import progress, silence
 from fused_rnn.bench.arithmetic import DTYPES
 from fused_rnn.bench.measure import Bench, Point
 from fused_rnn.bench.providers import find
-from fused_rnn.bench.rows import Line, Row
+from fused_rnn.bench.rows import Line, Provenance, Row
 from fused_rnn.bench.timing import Turn
 from fused_rnn.bench.workloads import Case, Workload, grad_mode, square
 from fused_rnn.cells import CELLS
@@ -47,6 +49,7 @@ SECONDS = 0.3
 """Of a comparison among our own calls, at least."""
 LEAST = 3
 """Repeats of a large point: torch.nn alone takes seconds."""
+SAME = ("cpu", "build", "torch")
 SPEEDUP = 1.6
 """Two threads are judged where they give the sgemm beside them at least this much."""
 
@@ -110,37 +113,50 @@ def missing(points: Iterable[Point], found: Iterable[Row]) -> list[Point]:
 
 def ratio_aims(found: Iterable[Row]) -> Iterator[Aim]:
     """The table of ratios, and the share of the sgemm beside them."""
-    by_shape = {(r.cell, r.kind, *map(r.sizes.get, "TNH")): r for r in found if is_ours(r)}
+    by_shape = {(r.cell, r.kind, r.shape): r for r in found if is_ours(r)}
 
-    def rows_of(cell: str, kind: str, shapes: Iterable[tuple[int, int, int]]) -> list[Row]:
-        return [by_shape[key] for shape in shapes if (key := (cell, kind, *shape)) in by_shape]
+    def row_of(cell: str, kind: str, T: int, N: int, H: int) -> Row | None:
+        return by_shape.get((cell, kind, square(cell, H, N, T).shape))
 
     for (cell, kind), (small, large) in RATIOS.items():
-        these = rows_of(cell, kind, SMALL)
-        ratios = [row.ratio for row in these if row.ratio]
-        mean = geometric_mean(ratios) if len(ratios) == len(SMALL) else None
-        each = ", ".join(f"{row.sizes['N']}×{row.sizes['H']} {row.ratio:.2f}" for row in these)
-        yield Aim(f"{cell} {kind}, T128, mean", small, False, mean, f"N×H: {each}")
-        for row in rows_of(cell, kind, LARGE):
-            name = f"{cell} {kind}, {':'.join(str(row.sizes[k]) for k in 'TNH')}"
-            yield Aim(name, large, False, row.ratio)
+        ratios = {}
+        for T, N, H in SMALL:
+            row = row_of(cell, kind, T, N, H)
+            if row is not None and row.ratio:
+                ratios[f"{N}×{H}"] = row.ratio
+        complete = len(ratios) == len(SMALL)
+        mean = geometric_mean(ratios.values()) if complete else None
+        each = ", ".join(f"{what} {ratio:.2f}" for what, ratio in ratios.items())
+        note = "" if complete else "not all were measured"
+        yield Aim(f"{cell} {kind}, T128, mean", small, False, mean, f"N×H: {each}", note)
+        for T, N, H in LARGE:
+            row = row_of(cell, kind, T, N, H)
+            note = "" if row else "not measured"
+            ratio = row.ratio if row else None
+            yield Aim(f"{cell} {kind}, {T}:{N}:{H}", large, False, ratio, note=note)
     for name, aim, shapes in (
         ("training, H 256, N 16 and 64: share of sgemm", 0.65, SMALL),
         ("training, large: share of sgemm", 0.85, LARGE),
     ):
-        these = [row for cell in CELL_NAMES for row in rows_of(cell, "train", shapes)]
-        shares = {
-            f"{row.cell} {row.sizes['N']}×{row.sizes['H']}": row.gflops / row.calibration_gflops
-            for row in these
-            if row.gflops and row.calibration_gflops
-            if row.sizes["N"] >= 16 and row.sizes["H"] >= 256
-        }
-        yield worst(name, aim, shares, most=False)
+        shares = {}
+        wanted = [
+            (cell, T, N, H) for cell in CELL_NAMES for T, N, H in shapes if N > 1 and H >= 256
+        ]
+        for cell, T, N, H in wanted:
+            row = row_of(cell, "train", T, N, H)
+            if row is not None and row.gflops and row.calibration_gflops:
+                shares[f"{cell} {N}×{H}"] = row.gflops / row.calibration_gflops
+        yield worst(name, aim, shapes_of(shares, wanted), most=False)
+
+
+def shapes_of(found: dict[str, float], wanted: list[Any]) -> dict[str, float]:
+    """All that were wanted, or none: the worst of some says nothing."""
+    return found if len(found) == len(wanted) else {}
 
 
 def workload_aims(found: list[Row], whence: str) -> Iterator[Aim]:
     """Of rows of every workload with ``backend="cpu"`` by name, which ``whence`` tells."""
-    ours = [row for row in found if row.provider == OURS and row.threads == 1 and row.ratio]
+    ours = [row for row in found if row.provider == OURS and is_ours(row)]
     slow = sorted(ours, key=lambda row: row.ratio or 0.0)[:3]
     lowest = {f"{row.workload} {row.kind}": row.ratio for row in slow if row.ratio}
     name = "every workload, by name: lowest ratios to torch.nn"
@@ -151,12 +167,16 @@ def workload_aims(found: list[Row], whence: str) -> Iterator[Aim]:
     yield Aim("every workload, by name, training: geometric mean", 4.0, False, mean, of, whence)
 
 
-def kept(folder: Path) -> tuple[list[Row], str]:
-    """Rows of all workloads, which take a quarter of an hour and are measured apart."""
+def kept(folder: Path, here: Provenance) -> tuple[list[Row], str]:
+    """Rows of all workloads, which take a quarter of an hour and are measured apart; none, with the
+    reason, where they are of another processor, build or torch."""
     path = folder / "workloads-cpu.csv"
     if not path.exists():
         return [], f"no {path.name} is kept of this device: see benchmarks/README.md"
     found, origin = rows.read(path)
+    for name in SAME:
+        if getattr(origin, name) != getattr(here, name):
+            return [], f"{path.name} is of another {name}: {getattr(origin, name)}"
     return found, f"{path.name}, {origin.date[:10]}, commit {origin.commit}"
 
 
@@ -180,8 +200,8 @@ def quotient(over: Turn, under: Turn, seconds: float) -> float:
 
 
 class EmptyCall(nn.Module):
-    """What the call of a cell costs without the step: an op with a cell's operands and results, on
-    no sequences at all."""
+    """What it costs to call an op with a cell's operands and results from a module: one of torch's
+    dispatcher, on no sequences at all."""
 
     def __init__(self, like: nn.Module, cell: int, states: int) -> None:
         super().__init__()
@@ -212,10 +232,15 @@ def step_aims(seconds: float) -> Iterator[Aim]:
 
 def slope_aims(seconds: float, least: int = 128, most: int = 4096) -> Iterator[Aim]:
     """How training time grows with T: the slope of its logarithm between two T."""
-    slopes, costs = {}, []
+    slopes, costs, times = {}, [], most // least
     for name in CELL_NAMES:
         short, long = (case(square(name, 64, 16, T)) for T in (least, most))
-        cost = quotient(Turn(long.train), Turn(short.train), seconds) * least / most
+
+        def as_many_steps(call: Callable[[], object] = short.train) -> None:
+            for _ in range(times):
+                call()
+
+        cost = quotient(Turn(long.train), Turn(as_many_steps), seconds)
         slopes[name] = 1 + math.log(cost) / math.log(most / least)
         costs.append(f"{name} {cost:.2f}")
     note = f"a step takes {', '.join(costs)} times as long"
@@ -229,22 +254,23 @@ def thread_aims(seconds: float) -> Iterator[Aim]:
         ("training on two threads, H 256, N 16 and 64: times faster", 1.7, [(16, 256), (64, 256)]),
         ("training on two threads, H 64: times faster", NOISE, [(1, 64), (16, 64), (64, 64)]),
     ):
-        found, gains = {}, []
+        found, gains, left_out = {}, [], []
         for cell in CELL_NAMES:
             for N, H in sizes:
                 call = case(square(cell, H, N, 128)).train
-                turns = {
-                    f"{what} {n}": Turn(f, n)
-                    for n in (1, 2)
-                    for what, f in (("call", call), ("sgemm", product))
-                }
+                rivals = {"call": call, "sgemm": product}
+                turns = {f"{k} {n}": Turn(rivals[k], n) for n in (1, 2) for k in rivals}
                 call()
                 samples = timing.interleave(turns, seconds)
                 gains.append(timing.median_ratio(samples["sgemm 1"], samples["sgemm 2"]))
+                gain = timing.median_ratio(samples["call 1"], samples["call 2"])
                 if gains[-1] >= SPEEDUP:
-                    gain = timing.median_ratio(samples["call 1"], samples["call 2"])
                     found[f"{cell} {N}×{H}"] = gain
-        note = f"sgemm gained {min(gains):.2f} to {max(gains):.2f}, counted from {SPEEDUP}"
+                else:
+                    left_out.append(f"{cell} {N}×{H}")
+        note = f"sgemm gained {min(gains):.2f} to {max(gains):.2f}"
+        if left_out:
+            note += f", under {SPEEDUP} and so not judged: {', '.join(left_out)}"
         yield worst(name, aim, found, most=False, note=note)
 
 
@@ -333,7 +359,8 @@ def main(argv: list[str] | None = None) -> int:
         for point in progress(ratio_points()):
             found += bench.rows(point, arguments.seconds, LEAST)
         aims += ratio_aims(found)
-        aims += workload_aims(*kept(results.RESULTS / rows.slug(rows.device_name())))
+        here = rows.provenance(fused_rnn)
+        aims += workload_aims(*kept(results.RESULTS / here.slug, here))
     aims += own_aims(arguments.seconds)
     for line in text(aims):
         print(line)

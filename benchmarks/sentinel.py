@@ -66,7 +66,7 @@ def before(here: Provenance, folder: Path = results.RESULTS) -> tuple[Path, dict
 
 @dataclass(frozen=True)
 class Count(Line):
-    """Instructions of one call, and of the program around it."""
+    """Instructions of the loops of one call."""
 
     call: str
     instructions: int
@@ -78,22 +78,25 @@ def counts(program: Path) -> Iterator[Count]:
     Raises:
         LookupError: there is no valgrind, no compiler, or no AVX2 build of the loops.
     """
-    built = sorted(results.ROOT.parent.glob("build/release-*/kernels.avx2.float.o"))
+    built = [*results.ROOT.parent.glob("build/release-*/kernels.avx2.float.o")]
     if not built:
         raise LookupError("nothing is counted: build/ holds no kernels.avx2.float.o")
     compiler = [os.environ.get("CXX") or "g++", "-std=c++17", "-O1"]
-    source = results.ROOT / "count.cpp"
+    source, newest = results.ROOT / "count.cpp", max(built, key=lambda path: path.stat().st_mtime)
     try:
-        subprocess.run([*compiler, source, built[-1], "-o", program], check=True)
+        subprocess.run([*compiler, source, newest, "-o", program], check=True)
         for cell, *sizes, kind in COUNTED:
             call = [str(program), *map(str, (CELLS[cell].id, *sizes)), kind]
             tool = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+            tool.append("--toggle-collect=counted")
             done = subprocess.run([*tool, *call], check=True, capture_output=True, text=True)
             told = re.search(r"Collected : (\d+)", done.stderr)
             assert told, done.stderr
             yield Count(f"{cell} {':'.join(map(str, sizes))} {kind}", int(told[1]))
     except FileNotFoundError as error:
         raise LookupError(f"nothing is counted: there is no {error.filename}") from error
+    except subprocess.CalledProcessError as error:
+        raise LookupError(f"nothing is counted: {error}\n{error.stderr or ''}") from error
 
 
 def count(keep: bool) -> None:

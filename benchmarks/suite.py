@@ -119,22 +119,27 @@ def measured(
     return late
 
 
-def aims_part(run: Run, seconds: float) -> None:
-    """Measures what part 2 has no row of, and prints the table."""
+def aims_part(run: Run, seconds: float) -> dict[str, str]:
+    """Measures what part 2 has no row of, and prints the table. Returns what was left out, with the
+    reason."""
     say(f"\n4. What the CPU's loops are to reach: {aims.OURS} on one thread")
     points = aims.missing(aims.ratio_points(), run.rows)
     path = results.of_run(run.writer.path, "cpu")
     with Writer(path, run.origin) as writer:
         apart = replace(run, writer=writer, rows=[])
-        measured(apart, (aims.OURS, "torch"), points, seconds, aims.LEAST, memory=False)
+        left_out = measured(apart, (aims.OURS, "torch"), points, seconds, aims.LEAST, memory=False)
     folder = run.writer.path.parent
-    found = [*aims.ratio_aims(run.rows + apart.rows), *aims.workload_aims(*aims.kept(folder))]
+    found = [
+        *aims.ratio_aims(run.rows + apart.rows),
+        *aims.workload_aims(*aims.kept(folder, run.origin)),
+    ]
     found += aims.own_aims()
     with Writer(results.of_run(run.writer.path, "aims"), run.origin, aims.Aim) as writer:
         for aim in found:
             writer.write(aim)
     for line in aims.text(found):
         say(f"   {line}")
+    return left_out
 
 
 def char_lm_part(run: Run, steps: int) -> None:
@@ -258,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         left_out = timing_part(run, threads, arguments.budget, least)
         left_out |= today_part(run, arguments.today, least)
         if not arguments.quick:
-            aims_part(run, arguments.aims)
+            left_out |= aims_part(run, arguments.aims)
         char_lm_part(run, arguments.steps)
     summary(run, left_out)
     say(f"\n{time.perf_counter() - start:.0f} s. Rows and pictures:")

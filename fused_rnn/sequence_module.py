@@ -61,6 +61,11 @@ class SequenceModule(RNNBase):
     recompute: bool = False
     _flow: Any = None  # the gradient_flow around the call
     _expected_input = "Expected input to be 2D or 3D, got {}D instead"
+    _reads_parameters: bool
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._reads_parameters = steps.reads_parameters(cls)
 
     def __init__(
         self,
@@ -217,7 +222,8 @@ class SequenceModule(RNNBase):
         cell, backwards = self._cell, self.bidirectional or self.direction == "reverse"
         whole = self.proj_size or self.zoneout or isinstance(cell, NormCell)  # no cell has these
         masks = self.training and (self.dropout or self.recurrent_dropout or self.weight_dropout)
-        if state is not None and not (backwards or whole or masks or is_grad_enabled()):
+        other = backwards or whole or masks or not self._reads_parameters
+        if state is not None and not (other or is_grad_enabled()):
             # The common case, at once.
             stepped = steps.small_step(
                 cell, x, state, self._parameters, self._all_weights, self.backend
@@ -329,7 +335,7 @@ class SequenceModule(RNNBase):
 
     def _with_own(self, asked: Options | None, input: Any, rows: Tensor | None) -> Options | None:
         """What a call asks for beyond torch.nn, with what the module and its input do."""
-        own = rows is not None or self.direction == "reverse" or self.zoneout != 0
+        own = rows is not None or self.direction == "reverse" or bool(self._zoneout)
         own = own or self._is_regularised or self._recomputes or self._is_watched
         restarts = self.learn_initial_state and asked is not None and asked.reset is not None
         if not (own or restarts):
@@ -380,11 +386,9 @@ class SequenceModule(RNNBase):
 
     def _weights(self) -> list[Weights]:
         """The weights of each layer and direction, each read once, by name."""
-        weights, parameters = [], self._parameters
+        weights = []
         for names in self._all_weights:
-            # What is parametrized is an attribute and no parameter.
-            found = [parameters.get(name) for name in names]
-            read = [getattr(self, n) if w is None else w for n, w in zip(names, found, strict=True)]
+            read = [getattr(self, name) for name in names]
             w_hr = read.pop() if self.proj_size else None
             b_ih, b_hh = read[2:] or (None, None)
             weights.append(Weights(read[0], read[1], b_ih, b_hh, w_hr))

@@ -106,9 +106,8 @@ class Options(NamedTuple):
     @property
     def asked(self) -> tuple[str, ...]:
         """Their names in :attr:`fused_rnn.backends.Problem.options`."""
-        inside = self.lengths is not None or self.reset is not None or self.tbptt is not None
         asked = {
-            "control": inside,
+            "control": self._asks_control,
             "h_mask": self.recurrent_dropout > 0,
             "keep": bool(self.zoneout) and self.training,
             "keep_share": bool(self.zoneout) and not self.training,
@@ -124,7 +123,13 @@ class Options(NamedTuple):
     @property
     def is_control_only(self) -> bool:
         """Whether a dense call's ``control`` says it all, but for the padding's value."""
-        return not (self.return_cell_states or self.last_step_only) and self[6:] == _NOTHING[6:]
+        if self.rows is not None or self.return_cell_states or self.last_step_only:
+            return False
+        return self._asks_control and self[6:] == _NOTHING[6:]
+
+    @property
+    def _asks_control(self) -> bool:
+        return self.lengths is not None or self.reset is not None or self.tbptt is not None
 
     @property
     def ends(self) -> Tensor | None:

@@ -7,6 +7,7 @@ to their kernel, and what is chosen is kept.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn import Module
 
 from .backends import LOG, SMALL_STEPS, Problem, cuda, requested, select, torch_nn
 from .cells import Cell, States
@@ -86,6 +88,17 @@ def step(
     return tuple(map(cast, final, result_dtypes(problem, input, states)))
 
 
+def reads_parameters(module_class: type) -> bool:
+    """Whether the weights of its modules are the parameters of their names: a subclass may have
+    attributes of its own before them."""
+    classes = module_class.__mro__[: module_class.__mro__.index(Module)]
+    names = [name for each in classes for name in vars(each)]
+    return "__getattr__" not in names and not any(map(_WEIGHT.match, names))
+
+
+_WEIGHT = re.compile("(weight|bias)_(ih|hh|hr)")
+
+
 def small_step(
     cell: Cell, input: Tensor, state: Any, weights: Any, names: Any, backend: str
 ) -> Any:
@@ -95,7 +108,8 @@ def small_step(
     Args:
         cell, input, backend: as for :func:`step`.
         state: ``(h, c)``, or of a cell without c ``h``, or without names ``(h,)``.
-        weights: as for :func:`step`; or where they have names, the dictionary that holds them.
+        weights: as for :func:`step`; or where they have names, the dictionary that holds them (if
+            the module :func:`reads_parameters`).
         names: of the weights, as a tuple, or ``None``. A list of those of L layers says that states
             are ``[L,N,H]``, and that each layer's input is the next h of the one below.
 

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fused_rnn.bench import rows, timing
 from fused_rnn.bench.measure import Bench
 from fused_rnn.bench.providers import find
 from fused_rnn.bench.rows import Writer
 from fused_rnn.bench.workloads import square
-from fused_rnn.cells import CELLS
 
 HOUSE = Path(__file__).resolve().parents[1]
 sys.path.append(str(HOUSE / "benchmarks"))
@@ -53,6 +53,12 @@ def test_an_aim_is_met_at_its_bound():
     assert replace(least, reached=None).cells[2:4] == ("", "not judged")
 
 
+@pytest.fixture
+def _as_they_are(monkeypatch):
+    monkeypatch.setattr(aims, "square", square)
+
+
+@pytest.mark.usefixtures("_as_they_are")
 def test_ratios_are_a_mean_of_all_small_shapes_and_each_large_one():
     found = [row("gru", "train", shape, 2.0 * 4**k) for k, shape in enumerate(aims.SMALL)]
     found += [row("gru", "train", shape, 1.3) for shape in aims.LARGE]
@@ -62,10 +68,16 @@ def test_ratios_are_a_mean_of_all_small_shapes_and_each_large_one():
     assert told["gru train, 3:16:256"].reached == 1.3
     assert told["gru train, 3:16:256"].met is False
     assert told["lstm train, T128, mean"].reached is None  # no row of it
+    assert told["lstm forward, 3:16:256"].reached is None
+    assert told["lstm forward, 3:16:256"].note == "not measured"
+    assert len(told) == len(aims.RATIOS) * (1 + len(aims.LARGE)) + 2
     alone = by_name(aims.ratio_aims(found[1:]))
     assert alone["gru train, T128, mean"].reached is None  # a mean of some would be another mean
+    other = replace(found[-1], shape=found[-1].shape.replace("L1", "L3"))
+    assert by_name(aims.ratio_aims([other]))["gru train, 3:16:256"].reached is None
 
 
+@pytest.mark.usefixtures("_as_they_are")
 def test_the_share_of_the_product_is_the_lowest_of_all_that_are_large_enough():
     shares = {"gru": 0.5, "rnn_tanh": 0.9, "lstm": 0.7}
     found = [
@@ -75,6 +87,8 @@ def test_the_share_of_the_product_is_the_lowest_of_all_that_are_large_enough():
     told = by_name(aims.ratio_aims(found))
     assert told["training, large: share of sgemm"].reached == pytest.approx(0.5)
     assert "lstm 16×256 0.70" in told["training, large: share of sgemm"].of
+    some = by_name(aims.ratio_aims(found[:2]))
+    assert some["training, large: share of sgemm"].reached is None  # the worst may be the third
 
 
 def test_what_auto_ran_on_our_loops_is_not_measured_again():
@@ -95,8 +109,8 @@ def test_what_auto_ran_on_our_loops_is_not_measured_again():
         assert aims.missing(points, [other]) == points
 
 
-def test_points_become_rows_become_aims(monkeypatch):
-    monkeypatch.setattr(aims, "square", square)
+@pytest.mark.usefixtures("_as_they_are")
+def test_points_become_rows_become_aims():
     bench = Bench([find(aims.OURS), find("torch")])
     found = [r for point in aims.ratio_points() for r in bench.rows(point, 0.0, 1)]
     assert {r.status for r in found} == {"ok"}
@@ -115,7 +129,6 @@ def test_our_own_calls_are_compared(monkeypatch):
     assert told["training in half types, 512:16:256: memory over float32's"].reached == 1.0
     half = told["training in half types, 128:16:256: time over float32's"]
     assert half.of.count(",") + 1 == 2 * len(aims.CELL_NAMES)
-    assert "slopes" not in told
     assert "a step takes gru" in told["training 16:64, slope of time from T 128 to 4096"].note
 
 
@@ -123,30 +136,42 @@ def test_threads_are_judged_beside_a_product_that_gains(monkeypatch):
     """With no gain of the product there is nothing to say of the calls."""
     times = {"call 1": [2.0], "call 2": [1.0], "sgemm 1": [1.0], "sgemm 2": [1.0]}
     monkeypatch.setattr(timing, "interleave", lambda turns, seconds: {k: times[k] for k in turns})
-    assert [aim.reached for aim in aims.thread_aims(0.0)] == [None, None]
+    unjudged = [*aims.thread_aims(0.0)]
+    assert [aim.reached for aim in unjudged] == [None, None]
+    assert "not judged: gru 16×256, gru 64×256" in unjudged[0].note
     times["sgemm 2"] = [1 / aims.SPEEDUP]
     assert [aim.reached for aim in aims.thread_aims(0.0)] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru"])
 def test_bytes_on_paper_hold_what_the_op_keeps(cell):
-    """h, c and the gates, of a call so long that they are nearly all."""
+    """What autograd holds of a call so long that this is nearly all, and the output."""
     w = square(cell, 16, 32, 4096)
-    saved = CELLS[cell].states + CELLS[cell].saved
-    kept = 4 * saved * w.T * w.N * w.H
-    assert kept < aims.bytes_on_paper(w) < 1.02 * kept
+    case = aims.case(w)
+    held = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: held.setdefault(x.data_ptr(), x), lambda x: x
+    ):
+        case.module(case.data)
+    for parameter in case.leaves.values():
+        held.pop(parameter.data_ptr(), None)
+    found = sum(x.numel() * x.element_size() for x in held.values())
+    assert found < aims.bytes_on_paper(w) < 1.02 * found
 
 
 def test_rows_of_all_workloads_are_read_from_the_device_s_folder(tmp_path):
-    assert aims.kept(tmp_path)[0] == []
-    assert [aim.met for aim in aims.workload_aims(*aims.kept(tmp_path))] == [None, None]
+    assert aims.kept(tmp_path, ORIGIN)[0] == []
+    assert [aim.met for aim in aims.workload_aims(*aims.kept(tmp_path, ORIGIN))] == [None, None]
     ours = [row("gru", "train", (4, 2, 3), ratio) for ratio in (2.0, 8.0)]
     ours += [row("gru", "forward", (4, 2, 3), 0.9)]
     with Writer(tmp_path / "workloads-cpu.csv", ORIGIN) as writer:
         for k, r in enumerate(ours):
             writer.write(replace(r, workload=f"w{k}"))
             writer.write(replace(r, workload=f"w{k}", provider="torch", ratio=1.0))
-    lowest, mean = aims.workload_aims(*aims.kept(tmp_path))
+    nothing, why = aims.kept(tmp_path, replace(ORIGIN, cpu="another"))
+    assert nothing == []
+    assert "of another cpu" in why
+    lowest, mean = aims.workload_aims(*aims.kept(tmp_path, ORIGIN))
     assert lowest.reached == 0.9
     assert not lowest.met
     assert ORIGIN.commit in lowest.note

@@ -228,6 +228,17 @@ def test_what_makes_no_sense_is_refused(kind, backend, device):
     assert ours.step(x)[0].shape == (N, H)
 
 
+def test_a_projected_step_asks_for_nothing_beyond_torch():
+    """Which runs it, where asked for by name."""
+    steps = {}
+    for backend in ("torch", "reference"):
+        torch.manual_seed(0)
+        module = fused_rnn.LSTM(4, 8, proj_size=3, backend=backend).eval()
+        x, states = torch.randn(2, 4), (torch.randn(1, 2, 3), torch.randn(1, 2, 8))
+        steps[backend] = module.step(x, states)
+    assert_close(steps["torch"], steps["reference"])
+
+
 def test_a_projected_step_refuses_wrong_sizes():
     ours = module_of("lstm", proj_size=P)
     with pytest.raises(RuntimeError, match="must be equal to input_size"):

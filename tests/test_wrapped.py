@@ -11,6 +11,8 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.testing import assert_close
 from twins import BACKEND_NAMES, MODULE_KINDS, H, I, assert_twins, states, tensors, twins
 
+import fused_rnn
+
 
 class Doubled(nn.Module):
     """Counts how often the weight is computed."""
@@ -227,3 +229,62 @@ def test_a_weight_changed_between_forward_and_backward_is_noticed(kind, backend,
         ours.weight_hh_l0.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+class Masked(fused_rnn.GRU):
+    """Its weight is the parameter of that name, made otherwise."""
+
+    @property
+    def weight_hh_l0(self):
+        return nn.Module.__getattr__(self, "weight_hh_l0") * self.mask
+
+
+@pytest.mark.parametrize("options", [{}, {"reset": torch.tensor([[True], [False], [True]])}])
+def test_a_subclass_may_make_a_weight_by_its_name(options):
+    ours, plain = Masked(3, 4), fused_rnn.GRU(3, 4)
+    ours.mask = (torch.arange(4) % 2).float()
+    with torch.no_grad():
+        parameter = nn.Module.__getattr__(ours, "weight_hh_l0")
+        for name, w in ours.named_parameters():
+            getattr(plain, name).copy_(w * ours.mask if w is parameter else w)
+    x = torch.randn(3, 1, 3)
+    assert_close(ours(x, **options)[0], plain(x, **options)[0], rtol=0, atol=0)
+    with torch.no_grad():
+        h = torch.randn(1, 1, 4)
+        assert_close(ours.step(x[0], h), plain.step(x[0], h), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("made", ["a property", "__getattr__"])
+def test_a_subclass_of_a_cell_likewise(made):
+    if made == "a property":
+        more = {"weight_hh": property(lambda self: 2 * nn.Module.__getattr__(self, "weight_hh"))}
+    else:
+
+        def getattr_of(self, name):
+            found = nn.Module.__getattr__(self, name)
+            return 2 * found if name == "weight_hh" else found
+
+        more = {"__getattr__": getattr_of}
+    ours, plain = type("Doubled", (fused_rnn.GRUCell,), more)(3, 4), fused_rnn.GRUCell(3, 4)
+    plain.load_state_dict(ours.state_dict())
+    x, h = torch.randn(2, 3), torch.randn(2, 4)
+    with torch.no_grad():
+        plain.weight_hh *= 2
+        assert_close(ours(x, h), plain(x, h), rtol=0, atol=0)
+    assert_close(ours(x, h), plain(x, h))
+
+
+def test_fx_does_not_freeze_what_a_module_makes_of_a_constant():
+    """Its parameters stand in the way, as of any module of the caller's own."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = fused_rnn.LSTM(3, 4)
+            self.register_buffer("x", torch.randn(2, 1, 3))
+
+        def forward(self, y):
+            return self.rnn(self.x)[0] + y
+
+    with pytest.raises(torch.fx.proxy.TraceError):
+        torch.fx.symbolic_trace(Model())

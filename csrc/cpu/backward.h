@@ -441,11 +441,13 @@ class Backward {
     const bool biases = a.db_ih || a.db_hh;
     if (!ih.panels() && !hh.panels() && !hr.panels() && !biases) return;
     parallel(schedule, workers, [&](int64_t i) {
+      // A small weight has fewer blocks than there are workers: others have those of the next one.
+      const int64_t other = (i + workers / 2) % workers;
       const Range own(biases ? kBlockGates * unit_blocks : 0, i, workers);
       for (int64_t sum = 0, begin = 0; sum < slots.sums; begin = slots.sum_end[sum++]) {
         const int64_t end = slots.sum_end[sum];
         ih.add(gates, begin, end, i, workers);
-        hh.add(gates, begin, end, i, workers);
+        hh.add(gates, begin, end, other, workers);
         hr.add(dh_sums, begin, end, i, workers);
         sum_gates(own, begin, end);
       }

@@ -92,11 +92,12 @@ int64_t processors() {
   return std::numeric_limits<int64_t>::max();
 }
 
-// The most rows of the batch for each thread with which a team was faster than sharing them out. A
-// step of so few takes as long as its weights do to pass; the more members there are, the longer
-// does a meeting take: each has to have so many weights for each member. Measured with two.
+// The most rows of the batch for each thread with which a team was faster than sharing them out;
+// and what a step has to have for each member, to be worth a meeting: so much arithmetic, or, as a
+// step of few rows takes as long as its weights do to pass, so many weights for each member there
+// is (the more there are, the longer a meeting takes). Measured with two.
 constexpr int64_t kRowsTogether = 3;
-constexpr double kWeightsPerMeeting = 1e4;
+constexpr double kFlopsPerMeeting = 2.5e5, kWeightsPerMeeting = 1e4;
 
 // A pool wakes its threads in some 10 us, and up to 100 if they sleep. To wait as long as the work
 // takes, at some 100 GFLOP/s, at most doubles its time.
@@ -106,7 +107,8 @@ constexpr double kMostPatience = 1e5, kFlopsPerNs = 100;
 // others waiting at every step.
 int64_t members_of(const Layer& layer, int64_t gates, int64_t workers) {
   const double weights = double(layer.R) * double(layer.H) * double(gates);
-  const double worth = std::sqrt(weights / kWeightsPerMeeting);
+  const double worth =
+      std::max(flops_of(layer, gates) / kFlopsPerMeeting, std::sqrt(weights / kWeightsPerMeeting));
   if (layer.N > kRowsTogether * workers) return 1;
   return std::min({workers, processors(), worth < 1 ? int64_t(1) : int64_t(worth)});
 }
