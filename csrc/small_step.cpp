@@ -15,6 +15,7 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <string>
 #include <utility>
 
 #include "cpu/isa.h"
@@ -26,19 +27,35 @@ namespace {
 struct Connection {
   const DLPackExchangeAPI* torch = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
-  PyObject* is_neg = nullptr;
+  PyCFunction is_neg = nullptr;
   decltype(&fused_rnn_cell) kernel = nullptr;
+  int64_t rows = 0, products = 0;  // a step is small with as few of either
 } connection;
 
-void connect(pybind11::type tensor, pybind11::type parameter, uintptr_t kernel) {
+// The function behind a method without arguments, which takes a third of the time to call.
+PyCFunction method(pybind11::type type, const char* name) {
+  const pybind11::object found = type.attr(name);
+  const PyMethodDef* const def = Py_TYPE(found.ptr()) == &PyMethodDescr_Type
+                                     ? reinterpret_cast<PyMethodDescrObject*>(found.ptr())->d_method
+                                     : nullptr;
+  if (!def || def->ml_flags != METH_NOARGS)
+    throw pybind11::import_error(std::string(name) + " of torch's tensors is no such method");
+  return def->ml_meth;
+}
+
+void connect(pybind11::type tensor, pybind11::type parameter, uintptr_t kernel, int64_t rows,
+             int64_t products) {
   const pybind11::capsule table = tensor.attr("__dlpack_c_exchange_api__");
   const auto* torch = table.get_pointer<const DLPackExchangeAPI>();
   if (torch->header.version.major != DLPACK_MAJOR_VERSION)
     throw pybind11::import_error("torch's DLPack exchange table is of another major version");
-  connection = {torch, reinterpret_cast<PyTypeObject*>(tensor.ptr()),
+  connection = {torch,
+                reinterpret_cast<PyTypeObject*>(tensor.ptr()),
                 reinterpret_cast<PyTypeObject*>(parameter.ptr()),
-                pybind11::object(tensor.attr("is_neg")).release().ptr(),
-                reinterpret_cast<decltype(&fused_rnn_cell)>(kernel)};
+                method(tensor, "is_neg"),
+                reinterpret_cast<decltype(&fused_rnn_cell)>(kernel),
+                rows,
+                products};
 }
 
 // Tensors, or None, that nobody can take away while torch lets other threads run.
@@ -64,7 +81,7 @@ class Held {
 bool is_candidate(PyObject* object) {
   const PyTypeObject* type = Py_TYPE(object);
   if (type != connection.tensor && type != connection.parameter) return false;
-  PyObject* const negated = PyObject_Vectorcall(connection.is_neg, &object, 1, nullptr);
+  PyObject* const negated = connection.is_neg(object, nullptr);
   Py_XDECREF(negated);  // of True and False there is one each
   if (!negated) PyErr_Clear();
   return negated == Py_False;
@@ -211,25 +228,25 @@ PyObject* pair(PyObject* first, PyObject* second) {
 }
 
 constexpr const char* kSmallStepDoc =
-    "small_step(cell, x, state, weights, names, rows, products)\n\n"
+    "small_step(cell, x, state, weights, names=None)\n\n"
     "The next state of a cell, in the form of the one given: (h, c), or of one state h or, without "
     "names, (h,). With `names`, weights are looked up in a dictionary; where names are those of "
     "each of L layers, states are "
     "[L,N,H], and the result is (y, state), y the last layer's h in memory of its own. None, with "
     "nothing done, where an operand is not plain contiguous CPU memory of the right dtype and "
-    "shape, or there are more than `rows` rows and `products` multiplications.";
+    "shape, or the step is not as small as connect() was told.";
 
 // Called by CPython's own rules: pybind11's way to a function of so many arguments takes a
 // twentieth of the whole step.
 PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
-  if (count != 7)
-    return PyErr_Format(PyExc_TypeError, "small_step() takes 7 arguments, got %zd", count);
-  const int64_t cell = PyLong_AsLongLong(operand[0]), rows = PyLong_AsLongLong(operand[5]),
-                products = PyLong_AsLongLong(operand[6]);
+  if (count != 4 && count != 5)
+    return PyErr_Format(PyExc_TypeError, "small_step() takes 4 or 5 arguments, got %zd", count);
+  const int64_t cell = PyLong_AsLongLong(operand[0]);
   if (PyErr_Occurred()) return nullptr;
   if (!connection.kernel || cell < 0 || cell >= kCellCount) Py_RETURN_NONE;
   const int states = kCellShapes[cell].states;
-  PyObject *const x = operand[1], *const state = operand[2], *const names = operand[4];
+  PyObject *const x = operand[1], *const state = operand[2],
+                  *const names = count > 4 ? operand[4] : Py_None;
 
   const bool alone = !PyTuple_Check(state);  // h, which is how modules have it, not (h,)
   if (alone ? states != 1 : PyTuple_GET_SIZE(state) != states) Py_RETURN_NONE;
@@ -257,7 +274,7 @@ PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
   const int64_t N = input.shape[0], I = input.shape[1], H = h.shape[h.ndim - 1];
   const int64_t gates = kCellShapes[cell].gates * H;
   const int64_t work = N * gates * ((layers > 1 ? std::max(I, H) : I) + H);  // of a layer
-  if (scalar < 0 || (N > rows && work > products)) Py_RETURN_NONE;
+  if (scalar < 0 || (N > connection.rows && work > connection.products)) Py_RETURN_NONE;
   char *from, *old[2] = {}, *next[2] = {}, *last = nullptr;
   const auto get_state = [&](const DLTensor& t, char** data) {
     return stacked ? plain.get(t, {layers, N, H}, data) : plain.get(t, {N, H}, data);
@@ -278,7 +295,7 @@ PyObject* small_step(PyObject*, PyObject* const* operand, Py_ssize_t count) {
   if (!enough) return PyErr_NoMemory();
 
   // Other threads may run meanwhile where it takes long; the caller holds the operands.
-  PyThreadState* const thread = layers * work > products ? PyEval_SaveThread() : nullptr;
+  PyThreadState* const thread = layers * work > connection.products ? PyEval_SaveThread() : nullptr;
   const int64_t bytes = N * H * input.dtype.bits / 8;
   const auto layer = [&](char* state, int64_t k) { return state ? state + k * bytes : nullptr; };
   for (int64_t k = 0; k < layers; ++k) {
@@ -310,7 +327,9 @@ PyMethodDef small_step_method = {
 }  // namespace
 
 void bind_small_step(pybind11::module_& m) {
-  m.def("connect", &connect, "Tell small_step() torch's tensor types and the kernel's address.");
+  m.def("connect", &connect,
+        "Tell small_step() torch's tensor types, the kernel's address, and up to how many rows or "
+        "multiplications a step is small.");
   m.attr("small_step") =
       pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&small_step_method, nullptr));
 }

@@ -17,15 +17,15 @@ class Choice(TypedDict):
 def build_info() -> BuildInfo: ...
 def cpu_features() -> dict[str, bool]: ...
 def instruction_set() -> str: ...
-def connect(tensor: type, parameter: type, kernel: int | None) -> None: ...
+def connect(
+    tensor: type, parameter: type, kernel: int | None, rows: int, products: int
+) -> None: ...
 def small_step(
     cell: int,
     x: object,
     state: object,
     weights: tuple[object, ...] | dict[str, Any],
-    names: tuple[str, ...] | list[Any] | None,
-    rows: int,
-    products: int,
+    names: tuple[str, ...] | list[Any] | None = None,
     /,
 ) -> Any: ...
 def plan(

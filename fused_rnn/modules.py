@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .cells import CELLS, Cell
 from .sequence_module import SequenceModule
 
 _PROJ_SIZE = "proj_size argument is only supported for LSTM, not RNN or GRU"
@@ -110,6 +111,11 @@ class RNN(SequenceModule):
             **kwargs,
         )
 
+    # A property where the others have a constant.
+    @property
+    def _cell(self) -> Cell:  # type: ignore[override]
+        return CELLS[self.mode.lower()]
+
 
 class TwoStates(SequenceModule):
     """A module whose state is ``(h, c)``, as torch.nn.LSTM checks it."""
@@ -191,6 +197,8 @@ class LSTM(TwoStates):
         >>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
     """
 
+    _cell = CELLS["lstm"]
+
     def __init__(
         self,
         input_size: int,
@@ -263,6 +271,8 @@ class GRU(SequenceModule):
         >>> gru = fused_rnn.GRU(10, 20, 2)
         >>> output, h_n = gru(torch.randn(5, 3, 10))
     """
+
+    _cell = CELLS["gru"]
 
     def __init__(
         self,

@@ -16,6 +16,12 @@ _LIBRARY = Path(__file__).with_name("libfused_rnn_cpu.so")
 _CUDA_LIBRARY = _LIBRARY.with_name("libfused_rnn_cuda.so")
 
 
+# Up to either of these, rows or multiplications, one pass over the weights beats two GEMMs and
+# their calls.
+SMALL_ROWS = 4
+SMALL_PRODUCTS = 2**21
+
+
 def _load(library: Path, cure: str) -> str | None:
     if not library.exists():
         return f"{library.name} is not in this installation; {cure}"
@@ -39,15 +45,17 @@ def _no_small_step(*operands: object) -> None:
 
 
 def _connect() -> Callable[..., Any]:
-    """``_C.small_step``, told where the kernel is; without either, a function that declines."""
-    try:
-        from . import _C
-    except ImportError:
-        return _no_small_step
+    """``_C.small_step``, told where the kernel is; a function that declines without either, or with
+    a torch whose tensors it does not know."""
     if UNAVAILABLE is not None or not hasattr(Tensor, "__dlpack_c_exchange_api__"):
         return _no_small_step
     kernel = ctypes.cast(ctypes.CDLL(str(_LIBRARY)).fused_rnn_cell, ctypes.c_void_p).value
-    _C.connect(Tensor, torch.nn.Parameter, kernel)
+    try:
+        from . import _C
+
+        _C.connect(Tensor, torch.nn.Parameter, kernel, SMALL_ROWS, SMALL_PRODUCTS)
+    except ImportError:
+        return _no_small_step
     return _C.small_step
 
 

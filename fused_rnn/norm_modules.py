@@ -29,11 +29,13 @@ _JOINT = {"w_ih": "weight_ih", "w_hh": "weight_hh", "g_hh": "gain", "b_hh": "bia
 class LayerNormModule(SequenceModule):
     """What LayerNormLSTM and LayerNormGRU share: the norms' parameters."""
 
+    _cell: NormCell
+
     def __init__(self, cell: NormCell, *sizes: int, bias: bool, **options: Any) -> None:
         # RNNBase's own biases would be added before a norm, and their mean taken out again.
         super().__init__(cell.mode, *sizes, bias=False, **options)
         self.bias = bias
-        self._norm_cell = cell
+        self._cell = cell
         self._names = _JOINT if cell.joint else _SEPARATE | (_OF_C if cell.states == 2 else {})
         like: Any = self.weight_hh_l0
         for names in self._all_weights:
@@ -61,14 +63,10 @@ class LayerNormModule(SequenceModule):
 
     @property
     def eps(self) -> float:
-        return self._norm_cell.eps
+        return self._cell.eps
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, eps={self.eps}"
-
-    @property
-    def _cell(self) -> NormCell:
-        return self._norm_cell
 
     def _weights(self) -> list[Weights]:
         """As :meth:`SequenceModule._weights`; a bias may not be there."""
@@ -275,7 +273,7 @@ class LayerNormGRU(LayerNormModule):
 
     @property
     def norm(self) -> str:
-        return "joint" if self._norm_cell.joint else "separate"
+        return "joint" if self._cell.joint else "separate"
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, norm={self.norm!r}"

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, steps
 from .backends import Problem, check_name
-from .cells import CELLS, Cell, States
+from .cells import Cell, States
 from .functional import Weights
 from .norm_cells import NormCell
 from .sequences import Options, jagged_rows
@@ -61,6 +61,7 @@ class SequenceModule(RNNBase):
     recompute: bool = False
     _flow: Any = None  # the gradient_flow around the call
     _expected_input = "Expected input to be 2D or 3D, got {}D instead"
+    _cell: Cell
     _reads_parameters: bool
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -393,10 +394,6 @@ class SequenceModule(RNNBase):
             b_ih, b_hh = read[2:] or (None, None)
             weights.append(Weights(read[0], read[1], b_ih, b_hh, w_hr))
         return weights
-
-    @property
-    def _cell(self) -> Cell:
-        return CELLS[self.mode.lower()]
 
     @property
     def _is_regularised(self) -> bool:

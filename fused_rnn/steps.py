@@ -120,7 +120,7 @@ def small_step(
     kernel = SMALL_STEPS.get(requested(backend))
     if kernel is None or not is_plain():
         return None
-    stepped = kernel(cell, input, state, weights, names)
+    stepped = kernel(cell.id, input, state, weights, names)
     if LOG and stepped is not None:
         first = names[0] if isinstance(names, list) else names
         four: Any = weights if names is None else tuple(weights[name] for name in first)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_rnn
-from fused_rnn import autograd
+from fused_rnn import autograd, native, steps
 from fused_rnn.backends import cpu
 from fused_rnn.cells import CELLS, Cell
 
@@ -68,7 +68,7 @@ def oracle_step(cell: Cell, x, h, c, w_ih, w_hh, b_ih, b_hh):
 
 def small_step(cell: Cell, operands: dict[str, Tensor | None]):
     x, h, c, *weights = operands.values()
-    return cpu.small_step(cell, x, (h,) if c is None else (h, c), tuple(weights))
+    return cpu.small_step(cell.id, x, (h,) if c is None else (h, c), tuple(weights))
 
 
 def run(step, cell: str, operands, grads) -> dict[str, Tensor]:
@@ -196,13 +196,13 @@ def test_a_small_step_looks_at_a_bias_that_is_alone(cell, name, how):
      (1000, 32, 32, False)],
 )  # fmt: skip
 def test_a_small_step_is_for_a_few_rows_or_little_work(N, I, H, small, monkeypatch):  # noqa: E741
-    calls, real = [], cpu.native.small_step
+    calls, real = [], cpu.small_step
 
     def watched(*operands):
         calls.append(real(*operands))
         return calls[-1]
 
-    monkeypatch.setattr(cpu.native, "small_step", watched)
+    monkeypatch.setitem(steps.SMALL_STEPS, "cpu", watched)
     cell = fused_rnn.LSTMCell(I, H, backend="cpu")
     input, states = torch.zeros(N, I), (torch.zeros(N, H), torch.zeros(N, H))
     with torch.no_grad():
@@ -224,20 +224,33 @@ def test_a_small_step_without_its_own_states_is_left_to_others(cell):
     x, h, _, *weights = make_operands(cell, torch.float32, (1, 5, 8)).values()
     count = CELLS[cell].states
     for states in ((), (h,) * (3 - count), (h,) * 3, [h] * count, (None,) * count, (1.0,) * count):
-        assert cpu.small_step(CELLS[cell], x, states, tuple(weights)) is None
-    assert cpu.small_step(CELLS[cell], x, (h,) * count, tuple(weights[:3])) is None
-    assert len(cpu.small_step(CELLS[cell], x, (h,) * count, tuple(weights))) == count
+        assert cpu.small_step(CELLS[cell].id, x, states, tuple(weights)) is None
+    assert cpu.small_step(CELLS[cell].id, x, (h,) * count, tuple(weights[:3])) is None
+    assert len(cpu.small_step(CELLS[cell].id, x, (h,) * count, tuple(weights))) == count
+
+
+def test_a_torch_of_other_tensors_has_no_small_steps(monkeypatch):
+    class Other:
+        __dlpack_c_exchange_api__ = Tensor.__dlpack_c_exchange_api__
+        is_neg = Tensor.__len__
+
+    monkeypatch.setattr(native, "Tensor", Other)
+    other = native._connect()
+    assert other is not native.small_step
+    assert other(CELLS["gru"].id, torch.zeros(1, 2), torch.zeros(1, 3), {}, ()) is None
+    monkeypatch.setattr(native, "Tensor", Tensor)
+    assert native._connect() is native.small_step
 
 
 @grid(cell=CELLS, bias=(True, False))
 def test_a_small_step_finds_weights_by_their_names(cell, bias):
     x, h, c, *weights = make_operands(cell, torch.float32, (2, 5, 25), bias=bias).values()
     spec, state = CELLS[cell], h if c is None else (h, c)
-    expected = cpu.small_step(spec, x, (h, c)[: spec.states], tuple(weights))
+    expected = cpu.small_step(spec.id, x, (h, c)[: spec.states], tuple(weights))
     held = dict(zip(NAMES[3:], weights, strict=True))
 
     def by_name(weights, names):
-        return cpu.small_step(spec, x, state, weights, names)
+        return cpu.small_step(spec.id, x, state, weights, names)
 
     few = {name: held[name] for name in NAMES[3:5]}
     for found in (by_name(held, NAMES[3:]), *([] if bias else [by_name(few, NAMES[3:5])])):
@@ -253,7 +266,7 @@ def test_a_small_step_finds_weights_by_their_names(cell, bias):
     for names in ([NAMES[3:]], [NAMES[3:]] * 17, [None], [4]):  # of layers, whose states are 3D
         assert by_name(held, names) is None
     if spec.states == 1:  # modules refuse a tuple
-        assert cpu.small_step(spec, x, (h,), held, NAMES[3:]) is None
+        assert cpu.small_step(spec.id, x, (h,), held, NAMES[3:]) is None
     for weights in (None, [*held.values()], NAMES, held.items()):
         assert by_name(weights, NAMES[3:]) is None
 
@@ -264,10 +277,10 @@ def test_a_small_step_of_layers_returns_y_in_memory_of_its_own(cell, dtype):
     spec, held = CELLS[cell], dict(zip(NAMES[3:], weights, strict=True))
     states = tuple(torch.stack([s, s.flip(0)]) for s in (h, c)[: spec.states])
     state = states if spec.states == 2 else states[0]
-    y, after = cpu.small_step(spec, x, state, held, [NAMES[3:]] * 2)
+    y, after = cpu.small_step(spec.id, x, state, held, [NAMES[3:]] * 2)
     after = after if spec.states == 2 else (after,)
-    lower = cpu.small_step(spec, x, tuple(s[0] for s in states), tuple(weights))
-    upper = cpu.small_step(spec, lower[0], tuple(s[1] for s in states), tuple(weights))
+    lower = cpu.small_step(spec.id, x, tuple(s[0] for s in states), tuple(weights))
+    upper = cpu.small_step(spec.id, lower[0], tuple(s[1] for s in states), tuple(weights))
     for value, *parts in zip(after, lower, upper, strict=True):
         assert torch.equal(value, torch.stack(parts))
     assert torch.equal(y, upper[0])
@@ -280,7 +293,7 @@ def test_a_small_step_of_layers_returns_y_in_memory_of_its_own(cell, dtype):
         assert t.data_ptr() % 64 == 0
         t.zero_()
     assert torch.equal(
-        upper[0], cpu.small_step(spec, lower[0], tuple(s[1] for s in states), tuple(weights))[0]
+        upper[0], cpu.small_step(spec.id, lower[0], tuple(s[1] for s in states), tuple(weights))[0]
     )
 
 
@@ -297,10 +310,10 @@ def test_the_results_of_small_steps_are_freed(cell):
     spec, held = CELLS[cell], dict(zip(NAMES[3:], weights, strict=True))
     states = tuple(s.unsqueeze(0) for s in (h, c)[: spec.states])
     state, names = (states if c is not None else states[0]), [NAMES[3:]]
-    cpu.small_step(spec, x, state, held, names)
+    cpu.small_step(spec.id, x, state, held, names)
     before, calls = resident(), 5_000
     for _ in range(calls):
-        cpu.small_step(spec, x, state, held, names)
+        cpu.small_step(spec.id, x, state, held, names)
     assert resident() - before < calls * h.numel() * 4 / 4  # a quarter of y
 
 

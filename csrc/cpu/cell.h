@@ -10,8 +10,7 @@ namespace FUSED_RNN_NAMESPACE {
 
 using fused_rnn::CellArgs;
 
-inline constexpr int kCellRows = 4;     // that share a block of weights while it is in L1
-inline constexpr int kCellVectors = 4;  // of a row of weights that are read together
+inline constexpr int kCellRows = 4;  // that share a block of weights while it is in L1
 
 // A vector's width of rows of a weight matrix.
 template <class T>
@@ -26,26 +25,32 @@ struct WeightRows {
     const T* row[V::kWidth];
 #pragma GCC unroll 16
     for (int i = 0; i < V::kWidth; ++i) row[i] = first + (i < count ? i : 0) * K;
-    int64_t k = 0;
-    // Neighbouring cache lines of a row one after the other: the rows come from L2.
-    for (; k + kCellVectors * V::kWidth <= K; k += kCellVectors * V::kWidth) {
-      V input[kCellVectors];
-      for (int j = 0; j < kCellVectors; ++j) input[j] = V::load(x + k + j * V::kWidth);
-#pragma GCC unroll 16
-      for (int i = 0; i < V::kWidth; ++i)
-#pragma GCC unroll 4
-        for (int j = 0; j < kCellVectors; ++j)
-          sum[i] = V::load(row[i] + k + j * V::kWidth) * input[j] + sum[i];
-    }
-    for (; k + V::kWidth <= K; k += V::kWidth) {
-      const V input = V::load(x + k);
-#pragma GCC unroll 16
-      for (int i = 0; i < V::kWidth; ++i) sum[i] = V::load(row[i] + k) * input + sum[i];
-    }
+    // As many as there are registers for, with the sums.
+    int64_t k = multiply<V::kWidth / 2>(x, row, 0, sum);
+    k = multiply<V::kWidth / 4>(x, row, k, sum);
+    k = multiply<1>(x, row, k, sum);
     if (k == K) return;
     const V input = V::load(x + k, K - k);
 #pragma GCC unroll 16
     for (int i = 0; i < V::kWidth; ++i) sum[i] = V::load(row[i] + k, K - k) * input + sum[i];
+  }
+
+ private:
+  // From `k` on, so many vectors of a row at a time, one cache line after the other: rows come from
+  // L2. Returns where fewer are left.
+  template <int kVectors, class V>
+  FUSED_RNN_FN int64_t multiply(const T* x, const T* const* row, int64_t k, V* sum) const {
+    for (; k + kVectors * V::kWidth <= K; k += kVectors * V::kWidth) {
+      V input[kVectors];
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) input[j] = V::load(x + k + j * V::kWidth);
+#pragma GCC unroll 16
+      for (int i = 0; i < V::kWidth; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j)
+          sum[i] = V::load(row[i] + k + j * V::kWidth) * input[j] + sum[i];
+    }
+    return k;
   }
 };
 

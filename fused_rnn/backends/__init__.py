@@ -11,8 +11,9 @@ algorithm), and one or more of
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
   a ``layer``, which runs cells under autocast, it may count on one dtype;
-- ``small_step(...)``: the same where nothing watches the computation, not even autograd, or
-  ``None`` for "not this one". It is in ``SMALL_STEPS``, and asked before anything is chosen.
+- ``small_step(...)``: the same of a cell's id, where nothing watches the computation, not even
+  autograd, or ``None`` for "not this one". It is in ``SMALL_STEPS``, and asked before anything is
+  chosen.
 
 One with several algorithms has their names in ``ALGORITHMS``, ``lacks(algorithm, problem)`` for the
 reason why one of them cannot run the problem; its ``explain`` takes the name of one that was asked

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,16 +25,18 @@ __all__ = [
     "layer",
     "norm_layer",
     "plain_layer",
+    "small_step",
     "supports",
 ]
 
 NAME = "cpu"
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Up to either of these, rows or multiplications, one pass over the weights beats two GEMMs and
-# their calls.
-SMALL_ROWS = 4
-SMALL_PRODUCTS = 2**21
+# The next state, in one pass over the weights, for a few rows and no gradient: arguments and result
+# are those of steps.small_step, with the cell's id. The caller has made sure that nothing watches
+# the computation: this goes past the dispatcher, which takes longer than the step itself. None says
+# that this is not is_small, or that an operand is not plain contiguous memory of the right size.
+small_step = native.small_step
 
 
 def available() -> str | None:
@@ -83,7 +85,7 @@ def explain(problem: Problem) -> str:
 def is_small(problem: Problem) -> bool:
     """Whether :func:`small_step` is the way to run ``problem``."""
     weights = CELLS[problem.cell].gates * problem.H * (problem.I + problem.H)
-    few = problem.N <= SMALL_ROWS or problem.N * weights <= SMALL_PRODUCTS
+    few = problem.N <= native.SMALL_ROWS or problem.N * weights <= native.SMALL_PRODUCTS
     return problem.T == 0 and not problem.grad and few
 
 
@@ -101,14 +103,3 @@ def cell_step(
     if h is None:
         h = c = x.new_zeros(x.size(0), w_hh.size(1))
     return step(cell, linear(x, w_ih, b_ih), linear(h, w_hh, b_hh), h, c)
-
-
-def small_step(cell: Cell, x: Tensor, state: Any, weights: Any, names: Any = None) -> Any:
-    """The next state, in one pass over the weights, for a few rows and no gradient.
-
-    Arguments and result are those of :func:`steps.small_step`. The caller has made sure that
-    nothing watches the computation: this goes past the dispatcher, which takes longer than the step
-    itself. ``None`` says that this is not :func:`is_small`, or that an operand is not plain
-    contiguous memory of the right size.
-    """
-    return native.small_step(cell.id, x, state, weights, names, SMALL_ROWS, SMALL_PRODUCTS)
