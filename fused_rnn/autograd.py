@@ -372,11 +372,12 @@ def plain_layer(
     reverse: bool,
     grad: bool,
     control: Tensor | None,
+    rows: Tensor | None,
     x: Tensor,
     states: tuple[Tensor | None, Tensor | None],
     weights: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output and final states of :func:`layer`, of a dense input that only autograd watches.
+    """The output and final states of :func:`layer`, of an input that only autograd watches.
 
     Args:
         grad: gradients may be needed; whether these operands need any is looked at here.
@@ -387,9 +388,9 @@ def plain_layer(
     inputs = (x, w_ih, b_ih, w_hh, b_hh, h0, c0 if cell.states == 2 else None)
     if grad and any(t is not None and t.requires_grad for t in (*inputs, w_hr)):
         how = How(ops, False, False, (0, False))
-        found = _Layer.apply(cell, reverse, how, control, None, None, None, *inputs, w_hr)
+        found = _Layer.apply(cell, reverse, how, control, rows, None, None, *inputs, w_hr)
     else:
-        options = (control, None, w_hr, None, None, 0, False)
+        options = (control, rows, w_hr, None, None, 0, False)
         found = ops.layer(cell.id, *inputs, reverse, False, *options)
     h, _, h_n, c_n, _ = found
     return h, (h_n, c_n) if cell.states == 2 else (h_n,)

@@ -84,10 +84,10 @@ def rnn(
         RuntimeError: T is 0; tensors on different devices or of different dtypes; or the backend
             asked for cannot run this.
     """
-    dense = batch_sizes is None and type(cell) is Cell
-    if dense and is_plain() and (options is None or options.is_control_only):
+    if type(cell) is Cell and is_plain() and (options is None or options.is_control_only):
         p, directions = dropout if training else 0.0, 2 if bidirectional else 1
-        found = _plain_rnn(cell, input, states, weights, directions, options, p, backend)
+        asked = (batch_sizes, directions, options)
+        found = _plain_rnn(cell, input, states, weights, *asked, p, backend)
         if found is not None:
             return *found, None
     problem = describe(cell, input, states, weights, batch_sizes, bidirectional, options)
@@ -177,13 +177,15 @@ def _plain_rnn(
     input: Tensor,
     states: States | None,
     weights: Sequence[Weights],
+    batch_sizes: Tensor | None,
     directions: int,
     options: Options | None,
     dropout: float,
     backend: str,
 ) -> tuple[Tensor, States] | None:
-    """:func:`rnn` for the common case: dense sequences on the CPU that only autograd watches, all
-    of one dtype, with no options but those that are ``control``. ``None`` where it is another one.
+    """:func:`rnn` for the common case: dense or packed sequences on the CPU that only autograd
+    watches, all of one dtype, with no options but those that are ``control``. ``None`` where it is
+    another one.
 
     A call usually finds the caches full of something else, and each line of Python then costs
     microseconds: this has no more of them than the case needs.
@@ -198,16 +200,20 @@ def _plain_rnn(
                     return None
                 grad = grad or x.requires_grad
     grad = grad and torch.is_grad_enabled()
-    (T, N, I), (_, w_hh, *_, w_hr) = input.shape, weights[0][:5]  # noqa: E741
-    sizes = (T, N, I, w_hh.size(0) // cell.gates, 0 if w_hr is None else w_hr.size(0))
-    layers, asked = len(weights) // directions, () if options is None else ("control",)
-    problem = Problem(
-        cell.name, dtype, "cpu", *sizes, layers, directions, grad, False, False, options=asked
-    )
+    if batch_sizes is None:
+        T, N = input.shape[:2]
+    else:
+        T, N = batch_sizes.size(0), int(batch_sizes[0])
+    _, w_hh, *_, w_hr = weights[0][:5]
+    widths = (input.size(-1), w_hh.size(0) // cell.gates, 0 if w_hr is None else w_hr.size(0))
+    sizes = (T, N, *widths, len(weights) // directions, directions)
+    packed, asked = batch_sizes is not None, () if options is None else ("control",)
+    problem = Problem(cell.name, dtype, "cpu", *sizes, grad, packed, False, options=asked)
     chosen = select(problem, requested(backend))
     if not hasattr(chosen, "plain_layer"):
         return None
-    loop = None if options is None else options.loop(T, N, input.device, None)
+    rows = None if batch_sizes is None else packed_rows(batch_sizes, N, input.device)
+    loop = None if options is None else options.loop(T, N, input.device, rows)
     finals: list[States] = []
     for first in range(0, len(weights), directions):
         if first and dropout:
@@ -217,7 +223,8 @@ def _plain_rnn(
             reverse = k > first
             before = (None, None) if states is None else (states[0][k], states[-1][k])
             control = None if loop is None else loop.control(reverse)
-            h, final = chosen.plain_layer(cell, reverse, grad, control, input, before, weights[k])
+            given = (control, rows, input, before, weights[k])
+            h, final = chosen.plain_layer(cell, reverse, grad, *given)
             outputs.append(h)
             finals.append(final)
         input = joined(outputs)

@@ -122,7 +122,7 @@ class Options(NamedTuple):
 
     @property
     def is_control_only(self) -> bool:
-        """Whether a dense call's ``control`` says it all, but for the padding's value."""
+        """Whether ``control`` says it all, but for the padding's value."""
         if self.rows is not None or self.return_cell_states or self.last_step_only:
             return False
         return self._asks_control and self[6:] == _NOTHING[6:]

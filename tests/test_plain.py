@@ -8,6 +8,7 @@ import pytest
 import torch
 from numerics import DTYPES, grid
 from torch.autograd import forward_ad
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from twins import H, I, P, states, step, tensors, twins
 
@@ -37,13 +38,14 @@ def plain(monkeypatch):
     lambda kind, proj_size, **_: not proj_size or kind == "lstm",
     kind=CELLS, dtype=DTYPES, num_layers=(1, 3), bidirectional=(False, True), bias=(True, False),
     proj_size=(0, P), dropout=(0.0, 0.4), given=(True, False), training=(True, False),
-    batch_first=(False, True),
+    layout=("dense", "batch_first", "packed", "sorted"),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")
 def test_the_short_way_gives_the_bits_of_the_general_one(
-    kind, dtype, num_layers, bidirectional, bias, proj_size, dropout, given, training, batch_first,
+    kind, dtype, num_layers, bidirectional, bias, proj_size, dropout, given, training, layout,
     plain, monkeypatch,
 ):  # fmt: skip
+    batch_first = layout == "batch_first"
     options = {"proj_size": proj_size} if proj_size else {}
     options |= {"num_layers": num_layers, "bias": bias, "batch_first": batch_first}
     options |= {"dropout": dropout, "bidirectional": bidirectional}
@@ -51,6 +53,9 @@ def test_the_short_way_gives_the_bits_of_the_general_one(
     module.train(training)
     input = torch.randn(3, 7, I, dtype=dtype)
     hx = states(kind, module, 3 if batch_first else 7, dtype=dtype) if given else None
+    if layout in ("packed", "sorted"):
+        lengths = [2, 3, 1, 3, 1, 1, 2] if layout == "packed" else [3, 3, 2, 2, 1, 1, 1]
+        input = pack_padded_sequence(input, lengths, enforce_sorted=layout == "sorted")
 
     def results():
         with torch.no_grad():
@@ -79,13 +84,15 @@ CONTROLLED = {
 
 
 @grid(
+    lambda asked, layout, **_: layout != "packed" or asked == "tbptt",
     kind=CELLS, dtype=DTYPES, asked=CONTROLLED, num_layers=(1, 2), bidirectional=(False, True),
-    dropout=(0.0, 0.4), given=(True, False), batch_first=(False, True),
+    dropout=(0.0, 0.4), given=(True, False), layout=("dense", "batch_first", "packed"),
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")
 def test_ends_resets_and_cuts_go_the_short_way(
-    kind, dtype, asked, num_layers, bidirectional, dropout, given, batch_first, plain, monkeypatch
+    kind, dtype, asked, num_layers, bidirectional, dropout, given, layout, plain, monkeypatch
 ):
+    batch_first = layout == "batch_first"
     options = {"num_layers": num_layers, "dropout": dropout, "batch_first": batch_first}
     _, module = twins(kind, dtype=dtype, bidirectional=bidirectional, **options)
     hx = states(kind, module, 3, dtype=dtype) if given else None
@@ -98,15 +105,15 @@ def test_ends_resets_and_cuts_go_the_short_way(
     input = input if batch_first else input.transpose(0, 1)
 
     def results():
-        given, leaves = input.detach().requires_grad_(), [*module.parameters()]
-        found = []
+        leaf, leaves, found = input.detach().requires_grad_(), [*module.parameters()], []
+        given = pack_padded_sequence(leaf, [7, 5, 2]) if layout == "packed" else leaf
         for mode in (torch.no_grad(), torch.enable_grad()):
             torch.manual_seed(5)
             with mode:
                 found += tensors(module(given, hx, **call))
         half = len(found) // 2
         upstream = [torch.sin(t.detach().float()).to(dtype) for t in found[half:]]
-        return [*found, *torch.autograd.grad(found[half:], [given, *leaves], upstream)]
+        return [*found, *torch.autograd.grad(found[half:], [leaf, *leaves], upstream)]
 
     short, layers = results(), 2 * num_layers * (1 + bidirectional)
     assert len(plain) == layers
@@ -195,7 +202,7 @@ OWN = {
 }
 
 
-@grid(kind=CELLS, asked=(*OWN, "last_step", "packed", "unlike"), controlled=(False, True))
+@grid(kind=CELLS, asked=(*OWN, "last_step", "jagged", "unlike"), controlled=(False, True))
 def test_options_and_other_layouts_take_the_general_way(kind, asked, controlled, plain):
     _, torchs = twins(kind)
     module = type(torchs)(I, H, **OWN.get(asked, {}))
@@ -206,8 +213,8 @@ def test_options_and_other_layouts_take_the_general_way(kind, asked, controlled,
         pytest.skip("this cell saves nothing but its states anyway")
     if asked == "last_step":
         call["last_step_only"] = True
-    if asked == "packed":
-        x = torch.nn.utils.rnn.pack_padded_sequence(x, [4, 2, 1])
+    if asked == "jagged":
+        x = torch.nested.nested_tensor([x[:, 0], x[:2, 1]], layout=torch.jagged)
     if asked == "unlike":
         with pytest.raises(RuntimeError):
             module(x, states(kind, module, 3, dtype=torch.float64))
