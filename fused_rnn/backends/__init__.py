@@ -30,8 +30,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 from torch import dtype as DType
-from torch import float32
-from torch.backends import mkldnn
 from typing_extensions import Self
 
 from . import cpu, cuda, cudnn, reference, triton
@@ -87,7 +85,7 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
-# By the request that they may answer. ``auto`` would choose the same: see ``faster_than_torch``.
+# By the request that they may answer. ``auto`` would choose the same.
 SMALL_STEPS = {"auto": cpu.small_step, "cpu": cpu.small_step}
 
 _ALGORITHMS = {name: getattr(backend, "ALGORITHMS", ()) for name, backend in BACKENDS.items()}
@@ -159,23 +157,6 @@ def requested(own: str) -> str:
     return _choice.name if own == "auto" else own
 
 
-def faster_than_torch(problem: Problem) -> bool:
-    """Whether our kernels were measured faster than torch.nn's for ``problem``.
-
-    Where the lines lie was read off short interleaved runs by hand, one thread, AVX-512, on a noisy
-    machine; no results file holds them. A cell's step is nearly all call: ours goes past the
-    dispatcher, but only without a gradient and where the work is small. oneDNN ran an LSTM's
-    forward without gradients in 0.8 to 0.95 of our time from 32 rows on, up to some 384 hidden
-    units. Elsewhere ours is chosen; the rows in ``benchmarks/results`` show where that is close.
-    """
-    if problem.T == 0:
-        return cpu.is_small(problem)
-    if problem.cell != "lstm" or problem.grad or problem.N < 32 or problem.H > 384:
-        return True
-    onednn = problem.dtype is float32 and problem.P == 0 and not problem.packed
-    return not (onednn and mkldnn.is_available() and mkldnn.enabled)
-
-
 def refusal(backend: ModuleType, problem: Problem) -> str | None:
     """Why ``backend`` cannot run ``problem``, or None."""
     return backend.available() or backend.supports(problem)
@@ -201,13 +182,11 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
                 return backend, "its op runs what vmap stacks in one call"
         return reference, "vmap runs each of its operations for all at once"
     if refusal(cpu, problem) is None:
-        if (
-            problem.compiling
-            or faster_than_torch(problem)
-            or refusal(torch_nn, problem) is not None
-        ):
+        if problem.compiling or problem.T > 0 or cpu.is_small(problem):
             return cpu, "the time loop in one native call"
-        return torch_nn, "measured faster than our loop at this size"
+        if refusal(torch_nn, problem) is None:
+            return torch_nn, "a step of this size is two GEMMs, which are torch's"
+        return cpu, "torch.nn cannot run this"
     if not problem.compiling and refusal(torch_nn, problem) is None:
         if refusal(cuda, problem) is None:
             cudnn_runs = torch_nn.cudnn_can_run(problem)
