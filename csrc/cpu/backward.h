@@ -196,7 +196,7 @@ class Backward {
     const Step at(a, step);
     int64_t count = share.place;
     for (int64_t i = 0; i < share.count; ++i) {
-      const int64_t n = share.row(i), slot = slots.at(step, n);
+      const int64_t n = share.row(i), slot = slots.at(step, share, i);
       if (slot < 0) {
         if (!fills) continue;
         zero_row<T>(a.dx, at.index(n), a.I);
@@ -290,7 +290,7 @@ class Backward {
     const Live* row = live + j;
     X s[Cell::kStates], s1[Cell::kStates], ds1[Cell::kStates], ds[Cell::kStates], saved[4],
         dx[kGates], dh[kGates], past[Cell::kStates];
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       const int64_t index = row[k].index;
       if (projects()) {
         ds1[0].part[k] = V::load(dh_unprojected + (j + k) * a.H + unit, n);
@@ -318,7 +318,7 @@ class Backward {
     if constexpr (K == 1)
       for (int i = 0; a.keep && i < Cell::kStates; ++i) ds[i] = ds[i] + past[i];
 
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       const int64_t slot = row[k].slot, block = unit / kWidth;
       A* to = dgh_row(j + k, step) + unit;
 #pragma GCC unroll 4
@@ -396,7 +396,7 @@ class Backward {
     const int64_t factors = ih.panels() + hh.panels() + hr.panels(), workers = schedule.workers;
     if (!a.dx && !factors) return;
     parallel(schedule, workers, [&](int64_t i) {
-      if (a.dx) input_gradient(Range(slots.count, i, workers));
+      if (a.dx) input_gradient(Range(slots.end, i, workers));
       const Range own(factors, i, workers);
       for (int64_t panel = own.begin; panel < own.end; ++panel) pack_factors(panel);
     });
@@ -406,16 +406,16 @@ class Backward {
   void pack_factors(int64_t i) {
     const int64_t ihs = ih.panels(), hhs = hh.panels();
     if (i < ihs)
-      ih.pack(i, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+      ih.pack(i, slots.end, [&](int64_t slot, int64_t column, int64_t n) {
         return V::load(static_cast<const T*>(a.x) + slots.index[slot] * a.I + column, n);
       });
     else if (i < ihs + hhs)
-      hh.pack(i - ihs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+      hh.pack(i - ihs, slots.end, [&](int64_t slot, int64_t column, int64_t n) {
         const V h = V::load(before[slot] + column, n);
         return a.h_mask ? h * V::load(masks[slot] + column, n) : h;
       });
     else if constexpr (kProjects)
-      hr.pack(i - ihs - hhs, slots.count, [&](int64_t slot, int64_t column, int64_t n) {
+      hr.pack(i - ihs - hhs, slots.end, [&](int64_t slot, int64_t column, int64_t n) {
         const int64_t index = slots.index[slot];
         const T* o = static_cast<const T*>(a.saved) + (index * Cell::kSaved + 3) * a.H;
         const V c = a.keep ? V::load(computed_c + slot * a.H + column, n)

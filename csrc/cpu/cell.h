@@ -27,7 +27,7 @@ struct WeightRows {
     for (int i = 0; i < V::kWidth; ++i) row[i] = first + (i < count ? i : 0) * K;
     // As many as there are registers for, with the sums.
     int64_t k = multiply<V::kWidth / 2>(x, row, 0, sum);
-    k = multiply<V::kWidth / 4>(x, row, k, sum);
+    k = multiply<(V::kWidth + 3) / 4>(x, row, k, sum);
     k = multiply<1>(x, row, k, sum);
     if (k == K) return;
     const V input = V::load(x + k, K - k);
@@ -40,6 +40,7 @@ struct WeightRows {
   // L2. Returns where fewer are left.
   template <int kVectors, class V>
   FUSED_RNN_FN int64_t multiply(const T* x, const T* const* row, int64_t k, V* sum) const {
+    static_assert(kVectors > 0);
     for (; k + kVectors * V::kWidth <= K; k += kVectors * V::kWidth) {
       V input[kVectors];
 #pragma GCC unroll 8

@@ -83,24 +83,49 @@ class Forward {
   void run() {
     pack();
     start();
-    for (int64_t first = 0; first < a.T; first += schedule.steps) {
-      const int64_t left = a.T - first;
-      slots.open(a, first, left < schedule.steps ? left : schedule.steps);
-      parallel(schedule, schedule.workers,
-               [&](int64_t i) { project_input(Range(slots.count, i, schedule.workers)); });
-      if (members == 1) {
-        parallel(schedule, schedule.shares,
-                 [&](int64_t i) { run_steps(Share(a, schedule.shares, i), Member()); });
-      } else {
-        together(schedule, members,
-                 [&](Member member) { run_steps(Share(a, member.number), member); });
-        tell_all();
-      }
-    }
+    run_chunks([&](const Share& share, Member member, const Slots& slots) {
+      run_steps(share, member, slots);
+    });
     finish();
   }
 
  protected:
+  // Calls task(share, member, slots) for the steps of each chunk, once the input's product is
+  // there.
+  template <class Task>
+  void run_chunks(const Task& task) {
+    if (members == 1 && schedule.shares == schedule.workers) {  // nobody waits for anybody
+      parallel(schedule, schedule.shares, [&](int64_t i) {
+        const Share share(a, schedule.shares, i);
+        Slots own = slots.part(share);
+        for (int64_t first = 0; first < a.T; first += schedule.steps) {
+          open(own, first);
+          project_input(own, Range(own.end - own.begin));
+          task(share, Member(), own);
+        }
+      });
+      return;
+    }
+    for (int64_t first = 0; first < a.T; first += schedule.steps) {
+      open(slots, first);
+      parallel(schedule, schedule.workers,
+               [&](int64_t i) { project_input(slots, Range(slots.end, i, schedule.workers)); });
+      if (members == 1) {
+        parallel(schedule, schedule.shares,
+                 [&](int64_t i) { task(Share(a, schedule.shares, i), Member(), slots); });
+      } else {
+        together(schedule, members,
+                 [&](Member member) { task(Share(a, member.number), member, slots); });
+        tell_all();
+      }
+    }
+  }
+
+  void open(Slots& slots, int64_t first) const {
+    const int64_t left = a.T - first;
+    slots.open(a, first, left < schedule.steps ? left : schedule.steps);
+  }
+
   void pack() {
     const int64_t inputs = input.count(), hiddens = hidden.count();
     parallel(schedule, inputs + hiddens + projection.count(), [&](int64_t i) {
@@ -145,8 +170,10 @@ class Forward {
     }
   }
 
-  // gx of a range of slots.
-  void project_input(Range range) {
+  // gx of a range of slots, counted from the first one.
+  void project_input(const Slots& slots, Range range) {
+    range.begin += slots.begin;
+    range.end += slots.begin;
     for (int64_t slot = range.begin; slot < range.end; ++slot) {
       const T* row = static_cast<const T*>(a.x) + slots.index[slot] * a.I;
       if (!a.w_ih) {
@@ -177,10 +204,11 @@ class Forward {
       for (int64_t k = 0; k < a.I; k += kWidth) __builtin_prefetch(input_rows[slot] + k);
   }
 
-  void run_steps(Share share, Member member) {
+  void run_steps(const Share& share, Member member, const Slots& slots) {
     const Range panels = member.part(hidden.count());
     for (int64_t i = 0; i < slots.steps(); ++i) {
-      const int64_t step = slots.first_step() + i, count = find_live(share, step, member.first());
+      const int64_t step = slots.first_step() + i,
+                    count = find_live(share, slots, step, member.first());
       member.fetch(x + share.place, count, a.R);
       for (int64_t j = 0; j < panels.size(); ++j) {
         const int64_t p = hidden.in_sweep(panels, j, step);
@@ -209,11 +237,11 @@ class Forward {
     return carry + ((flip[place] ? 0 : a.N) + place % a.N) * a.R;
   }
 
-  int64_t find_live(Share share, int64_t step, bool fills = true) {
+  int64_t find_live(const Share& share, const Slots& slots, int64_t step, bool fills = true) {
     const Step at(a, step);
     int64_t count = share.place;
     for (int64_t i = 0; i < share.count; ++i) {
-      const int64_t n = share.row(i), slot = slots.at(step, n);
+      const int64_t n = share.row(i), slot = slots.at(step, share, i);
       if (slot < 0) {
         if (!fills) continue;
         const int64_t index = at.index(n);
@@ -321,7 +349,7 @@ class Forward {
     const int64_t unit = block.unit, n = kFull ? kWidth : a.H - unit;
     const Live* row = live + first;
     X input[kGates], product[kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       const A* from = block.product + (j + k) * block.stride;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g) {
@@ -332,7 +360,7 @@ class Forward {
       if constexpr (Cell::kStates == 2) s[1].part[k] = V::load(row[k].c + unit, n);
     });
     Cell::forward(input, product, s, s1, saved);
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       s1[0].part[k].store(row[k].h1 + unit, n);
       if constexpr (!kInPlace)
         if (row[k].h_out) s1[0].part[k].store(row[k].h_out + unit, n);

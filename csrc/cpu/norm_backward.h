@@ -134,7 +134,7 @@ class NormBackward : Backward<Cell, T> {
     const int64_t n = kFull ? kWidth : a.H - unit;
     const Live* row = live + j;
     X s[Cell::kStates], ds[Cell::kStates], saved[4], dx[kGates], dh[kGates], of_state, of_gate;
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       const int64_t index = row[k].index;
       if constexpr (Cell::kNormsC) {
         const V dc = this->add(V::load(this->dc0(row[k].n) + unit, n), a.dc, index * a.H + unit, n);
@@ -156,7 +156,7 @@ class NormBackward : Backward<Cell, T> {
       Cell::backward_c(of_state, of_gate, saved, s, dx, dh, ds);
     else
       Cell::backward(of_state, of_gate, saved, s, dx, dh, ds);
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       const int64_t slot = row[k].slot, block = unit / kWidth;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g) {

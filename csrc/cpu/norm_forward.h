@@ -13,7 +13,7 @@ using fused_rnn::NormForwardArgs;
 template <class Cell, class T>
 class NormForward : Forward<Cell, T> {
   using Base = Forward<Cell, T>;
-  using Base::a, Base::schedule, Base::slots, Base::hidden, Base::live, Base::x;
+  using Base::a, Base::hidden, Base::live, Base::x;
   using Base::kWidth, Base::kGates, Base::kInPlace;
   using typename Base::A;
   using typename Base::Live;
@@ -46,22 +46,16 @@ class NormForward : Forward<Cell, T> {
     gate_norm.template load<T>(args.gain, args.bias, kGates * a.H);
     if constexpr (Cell::kNormsC) c_norm.template load<T>(args.c_gain, args.c_bias, a.H);
     if (args.stats) memset(args.stats, 0, sizeof(A) * size_t(a.M * Norm::kStats));
-    for (int64_t first = 0; first < a.T; first += schedule.steps) {
-      const int64_t left = a.T - first;
-      slots.open(a, first, left < schedule.steps ? left : schedule.steps);
-      parallel(schedule, schedule.workers,
-               [&](int64_t i) { this->project_input(Range(slots.count, i, schedule.workers)); });
-      parallel(schedule, schedule.shares,
-               [&](int64_t i) { run_steps(Share(a, schedule.shares, i)); });
-    }
+    this->run_chunks(
+        [&](const Share& share, Member, const Slots& slots) { run_steps(share, slots); });
     this->finish();
   }
 
  private:
-  void run_steps(Share share) {
+  void run_steps(const Share& share, const Slots& slots) {
     for (int64_t i = 0; i < slots.steps(); ++i) {
       const int64_t step = slots.first_step() + i, begin = share.place;
-      const int64_t end = begin + this->find_live(share, step);
+      const int64_t end = begin + this->find_live(share, slots, step);
       multiply_rows(begin, end, step);
       for (int64_t j = begin; j < end; ++j) centre_gates(j);
       int64_t j = begin;
@@ -126,7 +120,7 @@ class NormForward : Forward<Cell, T> {
     const int64_t n = kFull ? kWidth : a.H - unit;
     const Live* row = live + j;
     X gx[kGates], gh[kGates], s[Cell::kStates], s1[Cell::kStates], saved[4];
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       const A* from = rows + (j + k) * gate_stride + unit;
 #pragma GCC unroll 4
       for (int g = 0; g < kGates; ++g) {
@@ -143,7 +137,7 @@ class NormForward : Forward<Cell, T> {
       Cell::forward_c(gx, gh, s, s1, saved);
     else
       Cell::forward(gx, gh, s, s1, saved);
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       if constexpr (Cell::kNormsC) {
         s1[1].part[k].store(row[k].c1 + unit, n);
         saved[3].part[k].store(rows + (j + k) * gate_stride + 3 * a.H + unit, n);
@@ -174,7 +168,7 @@ class NormForward : Forward<Cell, T> {
     using X = Several<A, K>;
     const int64_t n = kFull ? kWidth : a.H - unit;
     X o, normed;
-    X::each([&](int k) {
+    X::each([&](int k) FUSED_RNN_INLINE {
       const A scale = stats[(j + k) * Norm::kStats + Norm::kGroups];
       o.part[k] = V::load(rows + (j + k) * gate_stride + 3 * a.H + unit, n);
       const V c = V::load(centred_c + (j + k) * a.H + unit, n) * V(scale);
@@ -182,7 +176,7 @@ class NormForward : Forward<Cell, T> {
       normed.part[k] = c_norm.apply(c, unit, n);
     });
     const X h = Cell::forward_h(o, normed);
-    X::each([&](int k) { store_h(live[j + k], unit, n, h.part[k]); });
+    X::each([&](int k) FUSED_RNN_INLINE { store_h(live[j + k], unit, n, h.part[k]); });
   }
 
   FUSED_RNN_FN void store_h(const Live& row, int64_t unit, int64_t n, V h) const {

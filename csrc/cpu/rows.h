@@ -73,53 +73,71 @@ struct Step {
   }
 };
 
-// The live rows of a chunk of steps, numbered in the order in which the loop runs: what stages
-// hand to each other is stored by slot, without gaps.
+// The live rows of a chunk of steps, of all the batch or of one share, numbered in the order in
+// which the loop runs: what stages hand to each other is stored by slot, without gaps.
 class Slots {
+  Share share_;
   int32_t* slots_;  // [steps][N], -1 where a row holds
-  int64_t N_, first_, steps_, sum_steps_;
+  int64_t N_, most_steps_, sum_steps_, first_, steps_;
 
  public:
   int64_t capacity;
-  int64_t count = 0;
-  int64_t* index;  // [count] row in x, h, c, saved
-  // The blocks of slots that sums are made of: the i-th ends where the next one begins.
+  int64_t begin = 0, end = 0;
+  int64_t* index;  // [end] row in x, h, c, saved
+  // The blocks of slots that sums over the whole batch are made of: the i-th ends where the next
+  // one begins.
   int64_t sums = 0;
   int64_t* sum_end;
 
   Slots(const Layer& layer, const Schedule& schedule, Arena& arena)
-      : slots_(arena.take<int32_t>(schedule.steps * layer.N)),
+      : share_(layer, 0),
+        slots_(arena.take<int32_t>(schedule.steps * layer.N)),
         N_(layer.N),
+        most_steps_(schedule.steps),
         sum_steps_(schedule.sum_steps),
         capacity(schedule.steps * layer.N),
         index(arena.take<int64_t>(capacity)),
         sum_end(arena.take<int64_t>((schedule.steps / sum_steps_ + 1) * (N_ / kSumRows + 1))) {}
 
+  // A share's own, in a part of the same memory, for a thread that waits for no other.
+  Slots part(const Share& share) const {
+    Slots own = *this;
+    own.share_ = share;
+    own.begin = most_steps_ * share.place;
+    return own;
+  }
+
   // Steps [first, first + steps), numbered from the last one down with `backwards`.
   void open(const Layer& layer, int64_t first, int64_t steps, bool backwards = false) {
     first_ = first;
     steps_ = steps;
-    count = sums = 0;
+    end = begin;
+    sums = 0;
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t step = first + (backwards ? steps - 1 - i : i);
       const Step at(layer, step);
-      for (int64_t n = 0; n < N_; ++n) {
+      for (int64_t j = 0; j < share_.count; ++j) {
+        const int64_t n = share_.row(j);
         if (i % sum_steps_ == 0 && n % kSumRows == 0) end_sum();
         const bool holds = at.holds(n);
-        slots_[(step - first) * N_ + n] = holds ? -1 : int32_t(count);
-        if (!holds) index[count++] = at.index(n);
+        slots_[(step - first) * N_ + share_.place + j] = holds ? -1 : int32_t(end);
+        if (!holds) index[end++] = at.index(n);
       }
     }
     end_sum();
   }
   int64_t first_step() const { return first_; }
   int64_t steps() const { return steps_; }
-  // -1: the row holds.
-  int64_t at(int64_t step, int64_t n) const { return slots_[(step - first_) * N_ + n]; }
+  // Of the i-th row of a share; -1: it holds.
+  int64_t at(int64_t step, const Share& share, int64_t i) const {
+    return slots_[(step - first_) * N_ + (is_whole() ? share.row(i) : share.place + i)];
+  }
 
  private:
+  bool is_whole() const { return share_.count == N_; }
+
   void end_sum() {
-    if (count > (sums ? sum_end[sums - 1] : 0)) sum_end[sums++] = count;
+    if (is_whole() && end > (sums ? sum_end[sums - 1] : 0)) sum_end[sums++] = end;
   }
 };
 

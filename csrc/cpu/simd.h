@@ -318,6 +318,9 @@ FUSED_RNN_FN Vec<A> tanh(Vec<A> x) {
   return y * reciprocal(y + Vec<A>(2));
 }
 
+// Of a lambda's body: a gate that the compiler chose to call would be a chain by itself.
+#define FUSED_RNN_INLINE __attribute__((always_inline))
+
 // K vectors that go through a cell together. A gate is a chain of some thirty dependent
 // instructions; with two chains side by side the machine does not wait for either.
 template <class A, int K>
@@ -329,7 +332,7 @@ struct Several {
 
   Several() = default;
   FUSED_RNN_FN explicit Several(A x) {
-    each([&](int k) { part[k] = Vec<A>(x); });
+    each([&](int k) FUSED_RNN_INLINE { part[k] = Vec<A>(x); });
   }
 
   template <class Body>
@@ -340,38 +343,38 @@ struct Several {
   template <class Body>
   static FUSED_RNN_FN Several map(Body body) {
     Several out;
-    each([&](int k) { out.part[k] = body(k); });
+    each([&](int k) FUSED_RNN_INLINE { out.part[k] = body(k); });
     return out;
   }
 
   friend FUSED_RNN_FN Several operator+(const Several& a, const Several& b) {
-    return map([&](int k) { return a.part[k] + b.part[k]; });
+    return map([&](int k) FUSED_RNN_INLINE { return a.part[k] + b.part[k]; });
   }
   friend FUSED_RNN_FN Several operator-(const Several& a, const Several& b) {
-    return map([&](int k) { return a.part[k] - b.part[k]; });
+    return map([&](int k) FUSED_RNN_INLINE { return a.part[k] - b.part[k]; });
   }
   friend FUSED_RNN_FN Several operator*(const Several& a, const Several& b) {
-    return map([&](int k) { return a.part[k] * b.part[k]; });
+    return map([&](int k) FUSED_RNN_INLINE { return a.part[k] * b.part[k]; });
   }
   friend FUSED_RNN_FN Several operator-(const Several& a) {
-    return map([&](int k) { return -a.part[k]; });
+    return map([&](int k) FUSED_RNN_INLINE { return -a.part[k]; });
   }
   friend FUSED_RNN_FN Mask operator<=(const Several& a, const Several& b) {
     Mask out;
-    each([&](int k) { out.part[k] = a.part[k] <= b.part[k]; });
+    each([&](int k) FUSED_RNN_INLINE { out.part[k] = a.part[k] <= b.part[k]; });
     return out;
   }
   friend FUSED_RNN_FN Several select(const Mask& mask, const Several& a, const Several& b) {
-    return map([&](int k) { return select(mask.part[k], a.part[k], b.part[k]); });
+    return map([&](int k) FUSED_RNN_INLINE { return select(mask.part[k], a.part[k], b.part[k]); });
   }
   friend FUSED_RNN_FN Several sigmoid(const Several& x) {
-    return map([&](int k) { return sigmoid(x.part[k]); });
+    return map([&](int k) FUSED_RNN_INLINE { return sigmoid(x.part[k]); });
   }
   friend FUSED_RNN_FN Several tanh(const Several& x) {
-    return map([&](int k) { return tanh(x.part[k]); });
+    return map([&](int k) FUSED_RNN_INLINE { return tanh(x.part[k]); });
   }
   friend FUSED_RNN_FN Several rounded(const Several& x) {
-    return map([&](int k) { return rounded(x.part[k]); });
+    return map([&](int k) FUSED_RNN_INLINE { return rounded(x.part[k]); });
   }
 };
 
