@@ -38,9 +38,9 @@ def bits(problem, threads: int) -> dict[str, torch.Tensor]:
 @cases(
     cell=CELLS,
     dtype=(torch.float32, torch.float64, torch.bfloat16),
-    # Enough arithmetic for several threads; rows that they do not divide; fewer rows than threads.
+    # Enough arithmetic for four threads; rows that they do not divide; fewer rows than threads.
     # The last two are so few rows, and so much work a step, that threads share out the units.
-    shape=((40, 7, 96), (12, 33, 64), (9, 6, 256), (700, 1, 40), (20, 5, 300), (100, 1, 520)),
+    shape=((100, 7, 96), (24, 33, 96), (16, 6, 256), (700, 1, 96), (20, 5, 300), (100, 1, 520)),
     control=(False, True),
     rows=("", "packed"),
     reverse=(False, True),
@@ -64,7 +64,7 @@ def test_the_same_bits_on_any_number_of_threads(case):
 @grid(cell=CELLS, dtype=DTYPES, N=(11, 14))
 def test_the_same_bits_of_a_row_alone_and_of_a_row_in_a_pair(cell, dtype, N):
     """The compiler may contract the same sum in two ways in two functions."""
-    problem = make_problem(cell, dtype, (20, N, 96))
+    problem = make_problem(cell, dtype, (40, N, 96))
     one, two = bits(problem, 1), bits(problem, 2)
     for name, value in one.items():
         assert torch.equal(value, two[name]), f"{name} of {problem}"
@@ -73,7 +73,7 @@ def test_the_same_bits_of_a_row_alone_and_of_a_row_in_a_pair(cell, dtype, N):
 @cases(cell=CELLS, dtype=(torch.float32, torch.bfloat16), threads=(1, 2, 4))
 def test_a_run_repeats_bit_for_bit(case):
     threads = case.pop("threads")
-    problem = make_problem(shape=(40, 7, 96), **case)
+    problem = make_problem(shape=(100, 7, 96), **case)
     first, second = bits(problem, threads), bits(problem, threads)
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"{name} of {problem} on {threads} threads"

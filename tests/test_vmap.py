@@ -41,7 +41,7 @@ def stack(columns):
     cell=CELLS,
     device=DEVICES,
     dtype=DTYPES,
-    shape=((5, 3, 33), (3, 0, 8)),
+    shape=((5, 3, 33), (3, 0, 8), (60, 5, 96)),  # the last is work for four threads
     P=(0, 3),
     control=(False, True),
     rows=("", "scattered"),

@@ -60,8 +60,9 @@ const Kernels& (*const kKernels[][kScalarCount])() = {
 
 const Kernels& best_kernels(Scalar scalar) { return kKernels[&best_isa() - kIsas][scalar](); }
 
-// Below this much arithmetic a second thread costs more than it brings: waking one takes 5-10 us.
-constexpr double kFlopsPerThread = 1e6;
+// Of recurrent products, for each thread: a call that takes 0.25 ms. With less, waking the others,
+// 5-10 us for each section and up to 100 where they sleep, takes most of what they bring, or more.
+constexpr double kFlopsPerThread = 4e6;
 
 void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
