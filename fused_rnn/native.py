@@ -54,7 +54,7 @@ def _connect() -> Callable[..., Any]:
         from . import _C
 
         _C.connect(Tensor, torch.nn.Parameter, kernel, SMALL_ROWS, SMALL_PRODUCTS)
-    except ImportError:
+    except (ImportError, AttributeError, ValueError):
         return _no_small_step
     return _C.small_step
 

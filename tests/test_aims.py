@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,7 +138,23 @@ def test_our_own_calls_are_compared(monkeypatch):
 @pytest.mark.parametrize(("cost", "slope"), [(1.0, 1.0), (2.0, 1.2), (0.5, 0.8), (1 / 32, 0.0)])
 def test_the_slope_is_that_of_one_long_call_beside_many_short_ones(monkeypatch, cost, slope):
     """``cost`` is the long call's time over that of as many steps in short ones."""
-    monkeypatch.setattr(aims, "quotient", lambda over, under, seconds: cost)
+    steps = []
+
+    def steps_of(turn):
+        steps.clear()
+        turn.call()
+        return [*steps]
+
+    def quotient(over, under, seconds):
+        (long,), short = steps_of(over), steps_of(under)
+        assert len(short) > 1
+        assert sum(short) == long == 4096
+        return cost
+
+    call = lambda w: SimpleNamespace(train=lambda: steps.append(w.T))  # noqa: E731
+    monkeypatch.setattr(aims, "case", call)
+    monkeypatch.setattr(aims, "square", square)
+    monkeypatch.setattr(aims, "quotient", quotient)
     (aim,) = aims.slope_aims(0.0)
     assert aim.reached == pytest.approx(slope)
     assert aim.met == (slope <= 1.05)

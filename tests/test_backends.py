@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from numerics import DTYPES, grid
+from numerics import DTYPES, grid, needs_native
 from torch.testing import assert_close
 from twins import MODULE_KINDS, RUN_HERE, H, I, P, states, tensors, twins
 
@@ -118,6 +118,16 @@ def test_auto_runs_what_explain_says(kind, cell, ran):
                 assert not ran, "explain computes"
                 ours(input)
             assert ran == {expected}
+
+
+@needs_native
+@pytest.mark.parametrize("N", [1, 32, 256])
+@pytest.mark.parametrize("grad", [False, True])
+def test_auto_runs_our_loops_on_sequences_of_any_size(N, grad, ran):
+    lstm = fused_rnn.LSTM(16, 16)
+    with torch.set_grad_enabled(grad):
+        lstm(torch.randn(3, N, 16))
+    assert ran == {"cpu"}
 
 
 def test_choices_nest_and_end():

@@ -1,5 +1,6 @@
 """One step of a cell: the pointwise op, and the small step that is called by address."""
 
+import datetime
 import os
 import resource
 from pathlib import Path
@@ -229,11 +230,15 @@ def test_a_small_step_without_its_own_states_is_left_to_others(cell):
     assert len(cpu.small_step(CELLS[cell].id, x, (h,) * count, tuple(weights))) == count
 
 
-def test_a_torch_of_other_tensors_has_no_small_steps(monkeypatch):
+@pytest.mark.parametrize("other", ["no method", "another way to call it", "none", "no table"])
+def test_a_torch_of_other_tensors_has_no_small_steps(other, monkeypatch):
     class Other:
         __dlpack_c_exchange_api__ = Tensor.__dlpack_c_exchange_api__
-        is_neg = Tensor.__len__
 
+    if other == "no table":
+        Other.__dlpack_c_exchange_api__ = datetime.datetime_CAPI
+    elif other != "none":
+        Other.is_neg = Tensor.sum if other == "another way to call it" else Tensor.__len__
     monkeypatch.setattr(native, "Tensor", Other)
     other = native._connect()
     assert other is not native.small_step

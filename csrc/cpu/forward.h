@@ -1,4 +1,4 @@
-// A layer forward, chunk after chunk: the input's product for all rows of the chunk, then its
+// A layer forward, chunk after chunk: the input's product for the rows of the chunk, then its
 // steps, each thread with its share of the batch.
 #pragma once
 
@@ -94,7 +94,7 @@ class Forward {
   // there.
   template <class Task>
   void run_chunks(const Task& task) {
-    if (members == 1 && schedule.shares == schedule.workers) {  // nobody waits for anybody
+    if (members == 1 && are_even()) {  // nobody waits for anybody
       parallel(schedule, schedule.shares, [&](int64_t i) {
         const Share share(a, schedule.shares, i);
         Slots own = slots.part(share);
@@ -119,6 +119,12 @@ class Forward {
         tell_all();
       }
     }
+  }
+
+  // Whether shares of the batch are shares of the work, or nearly.
+  bool are_even() const {
+    return schedule.shares == schedule.workers &&
+           (a.N % schedule.workers == 0 || a.N >= 4 * schedule.workers);
   }
 
   void open(Slots& slots, int64_t first) const {

@@ -60,9 +60,9 @@ const Kernels& (*const kKernels[][kScalarCount])() = {
 
 const Kernels& best_kernels(Scalar scalar) { return kKernels[&best_isa() - kIsas][scalar](); }
 
-// Of recurrent products, for each thread: a call that takes 0.25 ms. With less, waking the others,
-// 5-10 us for each section and up to 100 where they sleep, takes most of what they bring, or more.
-constexpr double kFlopsPerThread = 4e6;
+// A call of so much arithmetic forward, some 0.1 ms, has one thread, of twice as much two: waking
+// another takes 5-10 us for each section, and up to 100 where it sleeps.
+constexpr double kFlopsPerThread = 8e6;
 
 void parallel(int64_t tasks, void (*body)(const void*, int64_t), const void* context) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
@@ -77,7 +77,8 @@ double flops_of(const Layer& layer, int64_t gates) {
 
 // As many threads as so many layers are worth.
 int64_t workers_for(const Layer& layer, int64_t gates, int64_t count) {
-  const double flops = double(count) * double(layer.T) * flops_of(layer, gates);
+  const double input = layer.w_ih ? 2.0 * double(layer.N) * double(layer.I * layer.H * gates) : 0;
+  const double flops = double(count) * double(layer.T) * (flops_of(layer, gates) + input);
   const double useful = 1 + flops / kFlopsPerThread;
   const int64_t threads = torch::stable::get_num_threads();
   return double(threads) > useful ? int64_t(useful) : threads;

@@ -79,6 +79,7 @@ class Slots {
   Share share_;
   int32_t* slots_;  // [steps][N], -1 where a row holds
   int64_t N_, most_steps_, sum_steps_, first_, steps_;
+  bool whole_ = true;
 
  public:
   int64_t capacity;
@@ -103,6 +104,7 @@ class Slots {
   Slots part(const Share& share) const {
     Slots own = *this;
     own.share_ = share;
+    own.whole_ = false;
     own.begin = most_steps_ * share.place;
     return own;
   }
@@ -130,14 +132,12 @@ class Slots {
   int64_t steps() const { return steps_; }
   // Of the i-th row of a share; -1: it holds.
   int64_t at(int64_t step, const Share& share, int64_t i) const {
-    return slots_[(step - first_) * N_ + (is_whole() ? share.row(i) : share.place + i)];
+    return slots_[(step - first_) * N_ + (whole_ ? share.row(i) : share.place + i)];
   }
 
  private:
-  bool is_whole() const { return share_.count == N_; }
-
   void end_sum() {
-    if (is_whole() && end > (sums ? sum_end[sums - 1] : 0)) sum_end[sums++] = end;
+    if (whole_ && end > (sums ? sum_end[sums - 1] : 0)) sum_end[sums++] = end;
   }
 };
 

@@ -184,9 +184,7 @@ def choose(problem: Problem, name: str) -> tuple[ModuleType, str]:
     if refusal(cpu, problem) is None:
         if problem.compiling or problem.T > 0 or cpu.is_small(problem):
             return cpu, "the time loop in one native call"
-        if refusal(torch_nn, problem) is None:
-            return torch_nn, "a step of this size is two GEMMs, which are torch's"
-        return cpu, "torch.nn cannot run this"
+        return torch_nn, "a step of this size is two GEMMs, which are torch's"
     if not problem.compiling and refusal(torch_nn, problem) is None:
         if refusal(cuda, problem) is None:
             cudnn_runs = torch_nn.cudnn_can_run(problem)
