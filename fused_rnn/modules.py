@@ -111,7 +111,7 @@ class RNN(SequenceModule):
             **kwargs,
         )
 
-    # A property where the others have a constant.
+    # A property where the others have a constant, which is what the base declares and mypy minds.
     @property
     def _cell(self) -> Cell:  # type: ignore[override]
         return CELLS[self.mode.lower()]

@@ -151,8 +151,10 @@ def test_the_slope_is_that_of_one_long_call_beside_many_short_ones(monkeypatch, 
         assert sum(short) == long == 4096
         return cost
 
-    call = lambda w: SimpleNamespace(train=lambda: steps.append(w.T))  # noqa: E731
-    monkeypatch.setattr(aims, "case", call)
+    def case(w):
+        return SimpleNamespace(train=lambda: steps.append(w.T))
+
+    monkeypatch.setattr(aims, "case", case)
     monkeypatch.setattr(aims, "square", square)
     monkeypatch.setattr(aims, "quotient", quotient)
     (aim,) = aims.slope_aims(0.0)
