@@ -52,6 +52,7 @@ TESTS = {
     "test_layer.py": "",
     "test_ops.py": "",
     "test_bidirectional.py": "",
+    "test_wavefront.py": "-k gpu",
     "test_gradients.py": "",
     "test_recompute.py": "",
     "test_vmap.py": "",

@@ -55,6 +55,11 @@ struct Layer {
   const void* keep_share;  // carry [R + (S-1)*H] or null: how much of a state stays as it was
   int64_t algorithm;       // that has to run, by its number in plan.h; 0: the device chooses
   bool tf32;               // float32 may be multiplied in TF32
+  int64_t chunk;           // steps that may run before all others of the layer; 0: device's choice
+  // In a stack, above dropout. Forward x is made of what is below, as the steps come.
+  const void* below;      // io [M, I] or null
+  const uint8_t* passed;  // [M, I] or null: 0 where an element was dropped
+  double passed_scale;    // of the others
 };
 
 // What one call runs: a layer in one direction, or both directions of a layer, which have all
@@ -69,6 +74,17 @@ struct Directions {
   Directions(const Args* first, int count) : first(first), count(count) {}
   const Args* begin() const { return first; }
   const Args* end() const { return first + count; }
+  const Args& operator[](int i) const { return first[i]; }
+};
+
+// Layers one above the other in the order in which they run: forward from the lowest. The h of each
+// is what the x of the next is, or is made of; backward the dx of each is the dh of the next.
+template <class Args>
+struct Stack {
+  const Args* first;
+  int count;
+  bool side_by_side;  // a layer starts its next chunk when the one before it has ended that
+
   const Args& operator[](int i) const { return first[i]; }
 };
 

@@ -422,6 +422,104 @@ std::vector<Direction> both_directions(const Tensor& x, const std::vector<Option
   return {direction(forward, false), direction(reverse, true)};
 }
 
+namespace {
+
+constexpr size_t kOwn = 10, kGrads = 4, kKept = 4;  // of a layer
+
+// Layer i of a stack, whose input is x.
+Direction layer_of(const Tensor& x, const std::vector<OptionalTensor>& operands, size_t i,
+                   const StackOptions& options) {
+  const OptionalTensor* const own = &operands[i * kOwn];
+  STD_TORCH_CHECK(own[0] && own[2] && own[2]->dim() == 2,
+                  "fused_rnn: each layer of a stack needs w_ih and w_hh, each with 2 dimensions");
+  return {{x, own[0], own[1], *own[2], own[3], own[4], own[5]},
+          options.reverse,
+          {own[6], std::nullopt, own[7], own[8], own[9], options.algorithm, options.tf32}};
+}
+
+size_t layers_of(const Device& device, const std::vector<OptionalTensor>& operands,
+                 const StackOptions& options) {
+  const size_t layers = operands.size() / kOwn;
+  STD_TORCH_CHECK(device.forward_stack, "fused_rnn: this device runs no stacks");
+  STD_TORCH_CHECK(layers > 0 && operands.size() % kOwn == 0,
+                  "fused_rnn: a layer of a stack is w_ih, b_ih, w_hh, b_hh, h0, c0, control, w_hr, "
+                  "h_mask and keep; all but w_ih and w_hh may be None");
+  STD_TORCH_CHECK(options.passed.empty() || options.passed.size() == layers - 1,
+                  "fused_rnn: passed is empty or has a mask for each layer but the first");
+  STD_TORCH_CHECK(options.chunk >= 0, "fused_rnn: chunk must not be negative");
+  return layers;
+}
+
+// What layer i has in a stack beside what it has alone. Keeps its mask alive in `operands`.
+void place_in_stack(const StackOptions& options, size_t i, Problem& problem, Layer& layer) {
+  layer.chunk = options.chunk;
+  if (i == 0 || options.passed.empty()) return;
+  const Shape shape = problem.rows_of(problem.sizes.I);
+  layer.passed = static_cast<const uint8_t*>(
+      problem.operands.get("passed", options.passed[i - 1], shape, ScalarType::Byte).at(0));
+  layer.passed_scale = options.scale;
+}
+
+}  // namespace
+
+std::vector<Tensor> run_stack(const Device& device, int64_t cell, const Tensor& x,
+                              const std::vector<OptionalTensor>& operands,
+                              const StackOptions& options, bool save) {
+  const size_t layers = layers_of(device, operands, options);
+  std::vector<Call<ForwardArgs, ForwardResult>> calls;
+  std::vector<ForwardArgs> all;
+  std::vector<Tensor> results;
+  for (size_t i = 0; i < layers; ++i) {
+    const bool drops = i > 0 && !options.passed.empty();
+    const Tensor below = i ? std::get<0>(calls[i - 1].result) : x;
+    const Tensor own = drops ? torch::stable::empty_like(below) : below;
+    calls.push_back(prepare(device, cell, layer_of(own, operands, i, options), save));
+    all.push_back(calls[i].models[0]);
+    place_in_stack(options, i, calls[i].problem, all[i]);
+    if (drops) all[i].below = below.const_data_ptr();
+    results.push_back(drops ? own : allocate(x, {0}, x.scalar_type()));
+    std::apply([&](const auto&... y) { (results.push_back(y), ...); }, calls[i].result);
+  }
+  if (all[0].N > 0) device.forward_stack({all.data(), int(layers), options.side_by_side}, x);
+  return results;
+}
+
+std::vector<Tensor> run_stack_backward(const Device& device, int64_t cell,
+                                       const std::vector<int64_t>& wanted,
+                                       const std::vector<OptionalTensor>& grads,
+                                       const std::vector<Tensor>& kept, const Tensor& x,
+                                       const std::vector<OptionalTensor>& operands,
+                                       const StackOptions& options) {
+  const size_t layers = layers_of(device, operands, options);
+  STD_TORCH_CHECK(
+      wanted.size() == layers && grads.size() == layers * kGrads && kept.size() == layers * kKept,
+      "fused_rnn: stack_backward takes of each layer 1 wanted, 4 grads and 4 kept");
+  std::vector<Call<BackwardArgs, BackwardResult>> calls;  // from the last layer
+  std::vector<BackwardArgs> all;
+  for (size_t i = layers; i-- > 0;) {
+    const OptionalTensor* const dy = &grads[i * kGrads];
+    const Tensor* const y = &kept[i * kKept];
+    const bool drops = i > 0 && !options.passed.empty();
+    const Tensor below = i == 0 ? x : drops ? y[0] : kept[(i - 1) * kKept + 1];
+    STD_TORCH_CHECK(calls.empty() || !dy[0],
+                    "fused_rnn: only the last layer of a stack has an output of its own");
+    const OptionalTensor dh = calls.empty() ? dy[0] : std::get<0>(calls.back().result);
+    calls.push_back(prepare(device, cell,
+                            {wanted[i] | (i > 0 ? int64_t(kInput) : 0),
+                             {dh, dy[1], dy[2], dy[3]},
+                             {y[1], y[2], y[3]},
+                             layer_of(below, operands, i, options)}));
+    all.push_back(calls.back().models[0]);
+    place_in_stack(options, i, calls.back().problem, all.back());
+    STD_TORCH_CHECK(!all.back().dh_norm, "fused_rnn: a stack lacks dh_norm");
+  }
+  if (all[0].N > 0) device.backward_stack({all.data(), int(layers), options.side_by_side}, x);
+  std::vector<Tensor> results;
+  for (auto call = calls.rbegin(); call != calls.rend(); ++call)
+    std::apply([&](const auto&... g) { (results.push_back(g), ...); }, call->result);
+  return results;
+}
+
 StepResult run_step(const Device& device, int64_t cell, const Tensor& gx, const Tensor& gh,
                     const Tensor& h, const OptionalTensor& c, bool save) {
   const CellShape& shape = shape_of(cell);

@@ -37,6 +37,9 @@ struct Device {
   void (*step)(const StepArgs&, const Tensor& like);
   void (*step_backward)(const StepArgs&, const Tensor& like);
   int64_t algorithms;  // how many there are to choose among by number, from 1 on
+  // Null where layers always run one after the other.
+  void (*forward_stack)(Stack<ForwardArgs>, const Tensor& like) = nullptr;
+  void (*backward_stack)(Stack<BackwardArgs>, const Tensor& like) = nullptr;
 };
 
 // For a device that runs one model after the other.
@@ -157,6 +160,30 @@ std::vector<Direction> both_directions(const Tensor& x, const std::vector<Option
                                        const std::vector<OptionalTensor>& reverse,
                                        const OptionalTensor& rows, int64_t algorithm, bool tf32);
 
+// How the layers of a stack run; what is between them.
+struct StackOptions {
+  std::vector<Tensor> passed;  // what dropout let pass below each layer but the first, or empty
+  double scale;                // of that
+  bool reverse;
+  int64_t chunk;
+  bool side_by_side;
+  int64_t algorithm;
+  bool tf32;
+};
+
+// Of each layer its x, empty where that is x or the h below, and what run_layer returns.
+std::vector<Tensor> run_stack(const Device& device, int64_t cell, const Tensor& x,
+                              const std::vector<OptionalTensor>& operands,
+                              const StackOptions& options, bool save);
+
+// `grads` as OutputGradients has them, of each layer; `kept` as run_stack left x, h, c and saved.
+std::vector<Tensor> run_stack_backward(const Device& device, int64_t cell,
+                                       const std::vector<int64_t>& wanted,
+                                       const std::vector<OptionalTensor>& grads,
+                                       const std::vector<Tensor>& kept, const Tensor& x,
+                                       const std::vector<OptionalTensor>& operands,
+                                       const StackOptions& options);
+
 // Results of the forward direction, then those of the reverse one.
 template <class Result>
 std::vector<Tensor> in_one_list(const std::vector<Result>& results) {
@@ -205,6 +232,25 @@ StepBackwardResult step_backward_op(int64_t cell, OptionalTensor dh1, OptionalTe
                            h, c);
 }
 
+template <const Device& kDevice>
+std::vector<Tensor> stack_op(int64_t cell, Tensor x, std::vector<OptionalTensor> operands,
+                             std::vector<Tensor> passed, double scale, bool reverse, bool save,
+                             int64_t chunk, bool side_by_side, int64_t algorithm, bool tf32) {
+  const StackOptions options{passed, scale, reverse, chunk, side_by_side, algorithm, tf32};
+  return run_stack(kDevice, cell, x, operands, options, save);
+}
+
+template <const Device& kDevice>
+std::vector<Tensor> stack_backward_op(int64_t cell, std::vector<int64_t> wanted,
+                                      std::vector<OptionalTensor> grads, std::vector<Tensor> kept,
+                                      Tensor x, std::vector<OptionalTensor> operands,
+                                      std::vector<Tensor> passed, double scale, bool reverse,
+                                      int64_t chunk, bool side_by_side, int64_t algorithm,
+                                      bool tf32) {
+  const StackOptions options{passed, scale, reverse, chunk, side_by_side, algorithm, tf32};
+  return run_stack_backward(kDevice, cell, wanted, grads, kept, x, operands, options);
+}
+
 // Registers all for the dispatch key of `library`.
 template <const Device& kDevice, class Library>
 void implement_ops(Library& library) {
@@ -214,6 +260,12 @@ void implement_ops(Library& library) {
   library.impl("bidirectional_backward", TORCH_BOX(&bidirectional_backward_op<kDevice>));
   library.impl("step", TORCH_BOX(&step_op<kDevice>));
   library.impl("step_backward", TORCH_BOX(&step_backward_op<kDevice>));
+}
+
+template <const Device& kDevice, class Library>
+void implement_stack_ops(Library& library) {
+  library.impl("stack", TORCH_BOX(&stack_op<kDevice>));
+  library.impl("stack_backward", TORCH_BOX(&stack_backward_op<kDevice>));
 }
 
 }  // namespace fused_rnn

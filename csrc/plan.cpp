@@ -46,6 +46,8 @@ constexpr double kTie = 0.9;
 constexpr int64_t kThreads = 256;
 // mma's M; rows of the batch are its N, of which a warp keeps two tiles of 8 at a time.
 constexpr int64_t kM = 16, kColumns = 16;
+// The host launches every chunk of every layer.
+constexpr int64_t kMostChunks = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -91,6 +93,7 @@ struct Planner {
   std::string cannot_persist(bool exact) const;
   std::string cluster(Plan* best) const;
   std::string grid(Plan* best) const;
+  void stack(Plan* plan) const;
 
  private:
   // One way to cut the problem up: `team` CTAs hold W_hh, `active` teams fit the device.
@@ -406,6 +409,27 @@ std::string Planner::grid(Plan* best) const {
   return verdict(*best, nearest);
 }
 
+// Layers side by side, where clusters have room for more than one layer's tiles: as many at a time
+// as there is room for, each a chunk behind the one before it.
+void Planner::stack(Plan* plan) const {
+  const int64_t T = problem.T, layers = problem.layers;
+  const double one_by_one = double(layers) * plan->total_us(T);
+  plan->stack_us = one_by_one;
+  if (plan->algorithm != Algorithm::kCluster || problem.directions > 1) return;
+  int index = 0;
+  while (int64_t(1) << index < plan->team) ++index;
+  const int64_t at_once = std::min(layers, device.clusters[index] / plan->tiles);
+  if (at_once < 2) return;
+  for (int64_t chunks = 2; chunks <= std::min(T, kMostChunks); ++chunks) {
+    const int64_t chunk = ceil_div(T, chunks), rest = layers % at_once;
+    const int64_t turns =
+        layers / at_once * (chunks + at_once - 1) + (rest ? chunks + rest - 1 : 0);
+    // A chunk's product with the weights of the input is one more kernel.
+    const double us = double(turns) * (kKernelUs + plan->total_us(chunk));
+    if (us < kTie * one_by_one && us < plan->stack_us) plan->chunk = chunk, plan->stack_us = us;
+  }
+}
+
 void check(const PlanProblem& problem, const Gpu& device) {
   const auto need = [](bool holds, const char* sentence) {
     if (!holds) throw std::invalid_argument(sentence);
@@ -415,6 +439,7 @@ void check(const PlanProblem& problem, const Gpu& device) {
   need(problem.H > 0 && problem.H <= 1 << 24, "H must be from 1 to 2^24");
   need(problem.P >= 0 && problem.P < problem.H, "P must be from 0 (no projection) to H - 1");
   need(problem.directions == 1 || problem.directions == 2, "a layer has one direction or two");
+  need(problem.layers > 0, "there is at least one layer");
   need(problem.P == 0 || problem.cell == kLstm, "only the LSTM has a projection");
   need(device.capability >= 75, "CUDA devices before sm_75 are not supported");
   need(device.sms > 0 && device.clock_ghz > 0 && device.dram_gb_s > 0,
@@ -436,6 +461,7 @@ Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::strin
   choice.plans[0] = planner.stepwise();
   choice.refusals[1] = planner.cluster(&choice.plans[1]);
   choice.refusals[2] = planner.grid(&choice.plans[2]);
+  for (Plan& plan : choice.plans) planner.stack(&plan);
 
   const auto total = [&](int i) { return choice.plans[i].total_us(problem.T); };
   int runs = 0, fastest = 0, least = 0;

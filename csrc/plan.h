@@ -57,7 +57,7 @@ struct PlanProblem {
   Arithmetic arithmetic = Arithmetic::kFp32;
   int64_t T = 0, N = 0, H = 0, P = 0;  // P = 0: no projection
   bool backward = false;
-  int64_t directions = 1;
+  int64_t directions = 1, layers = 1;
 };
 
 struct Cost {
@@ -86,7 +86,11 @@ struct Plan {
   int64_t weight_bytes = 0, register_bytes = 0, shared_weight_bytes = 0, shared_bytes = 0;
   int64_t workspace_bytes = 0;  // global memory, meant to stay in L2
   std::vector<Cost> costs;
-  double us_per_step = 0, setup_us = 0;  // predicted, not measured
+  double us_per_step = 0, setup_us = 0;  // of a layer; predicted, not measured
+  // Steps that each layer of a stack runs while the one before it runs the next ones; 0: layers run
+  // one after the other.
+  int64_t chunk = 0;
+  double stack_us = 0;  // predicted for all layers
 
   double total_us(int64_t T) const { return setup_us + double(T) * us_per_step; }
   const Cost& limit() const;  // the dearest of the costs

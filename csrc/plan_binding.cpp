@@ -83,18 +83,21 @@ py::dict to_dict(const Plan& plan) {
   d["limit"] = plan.limit().what;
   d["us_per_step"] = plan.us_per_step;
   d["setup_us"] = plan.setup_us;
+  d["chunk"] = plan.chunk;
+  d["stack_us"] = plan.stack_us;
   return d;
 }
 
 py::dict plan(const py::dict& device, const std::string& cell, const std::string& arithmetic,
               int64_t T, int64_t N, int64_t H, int64_t P, bool backward, int64_t directions,
-              const std::string& algorithm, bool proven_only) {
+              int64_t layers, const std::string& algorithm, bool proven_only) {
   PlanProblem problem;
   problem.cell = find(kCellShapes, cell, "cell");
   problem.arithmetic = Arithmetic(find(kArithmetics, arithmetic, "arithmetic"));
   problem.T = T, problem.N = N, problem.H = H, problem.P = P;
   problem.backward = backward;
   problem.directions = directions;
+  problem.layers = layers;
   const Choice choice = make_plan(problem, to_gpu(device), algorithm, proven_only);
   py::dict plans, refusals, d;
   for (size_t i = 0; i < choice.plans.size(); ++i) {
@@ -117,7 +120,7 @@ void bind_plan(pybind11::module_& m) {
   m.def("plan", &plan, "The CUDA plan of one layer on a device, as fused_rnn.plan describes it.",
         py::kw_only(), py::arg("device"), py::arg("cell"), py::arg("arithmetic"), py::arg("T"),
         py::arg("N"), py::arg("H"), py::arg("P"), py::arg("backward"), py::arg("directions"),
-        py::arg("algorithm"), py::arg("proven_only"));
+        py::arg("layers"), py::arg("algorithm"), py::arg("proven_only"));
 }
 
 }  // namespace fused_rnn

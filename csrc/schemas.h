@@ -25,6 +25,16 @@ inline constexpr const char* kBidirectionalBackwardSchema =
     "bidirectional_backward(int cell, int[] wanted, Tensor?[] grads, Tensor[] kept, Tensor x, "
     "Tensor?[] forward, Tensor?[] reverse, Tensor? rows, int algorithm, bool tf32) -> Tensor[]";
 
+// Of layers in one direction; operands come as the directions' do, for one layer after the other.
+inline constexpr const char* kStackSchema =
+    "stack(int cell, Tensor x, Tensor?[] operands, Tensor[] passed, float scale, bool reverse, "
+    "bool save, int chunk, bool side_by_side, int algorithm, bool tf32) -> Tensor[]";
+
+inline constexpr const char* kStackBackwardSchema =
+    "stack_backward(int cell, int[] wanted, Tensor?[] grads, Tensor[] kept, Tensor x, "
+    "Tensor?[] operands, Tensor[] passed, float scale, bool reverse, int chunk, "
+    "bool side_by_side, int algorithm, bool tf32) -> Tensor[]";
+
 inline constexpr const char* kStepSchema =
     "step(int cell, Tensor gx, Tensor gh, Tensor h, Tensor? c, bool save) "
     "-> (Tensor h1, Tensor c1, Tensor saved)";
@@ -57,6 +67,13 @@ void define_ops(Library& library) {
   library.def(kBidirectionalBackwardSchema);
   library.def(kStepSchema);
   library.def(kStepBackwardSchema);
+}
+
+// Of devices that can run layers side by side.
+template <class Library>
+void define_stack_ops(Library& library) {
+  library.def(kStackSchema);
+  library.def(kStackBackwardSchema);
 }
 
 template <class Library>

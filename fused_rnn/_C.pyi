@@ -39,6 +39,7 @@ def plan(
     P: int,
     backward: bool,
     directions: int,
+    layers: int,
     algorithm: str,
     proven_only: bool,
 ) -> Choice: ...

@@ -20,7 +20,7 @@ from .cells import Cell
 
 # What a direction has of its own, in the order of the op's lists, and the bit of the op's `wanted`
 # that asks for the gradient. Those of the states always come; what acts in the loop has none.
-_BITS = {
+BITS = {
     "w_ih": 2,
     "b_ih": 4,
     "w_hh": 8,
@@ -33,7 +33,7 @@ _BITS = {
     "keep": 0,
 }
 # The order in which the op returns a direction's gradients.
-_GRADIENTS = ("x", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0", "w_hr", "dh_norm")
+GRADIENTS = ("x", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0", "w_hr", "dh_norm")
 
 
 class _Both(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _Both(torch.autograd.Function):
         rows, *inputs = ctx.saved_tensors
         inputs, kept = inputs[:-6], inputs[-6:]
         grads = (*dy[:4], *dy[5:9])
-        has_gradient = (True, *[name in _GRADIENTS for name in _BITS] * 2)
+        has_gradient = (True, *[name in GRADIENTS for name in BITS] * 2)
         needs = [*map(and_, ctx.needs_input_grad[3:], has_gradient)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             found = _differentiable_backward(ctx.cell, rows, inputs, grads, needs)
@@ -66,33 +66,39 @@ class _Both(torch.autograd.Function):
 
 
 def _run(cell: Cell, how, rows, x: Tensor, operands, *, save: bool):
-    (library, *how), own = how, len(_BITS)
+    (library, *how), own = how, len(BITS)
     directions = operands[:own], operands[own:]
     return autograd._call(library.bidirectional, cell.id, x, *directions, save, rows, *how)
 
 
 def _backward(cell: Cell, how, rows, inputs, grads, kept, needs):
-    (library, *how), (x, *operands), own = how, inputs, len(_BITS)
+    (library, *how), (x, *operands), own = how, inputs, len(BITS)
     directions = operands[:own], operands[own:]
     of_each = needs[1 : 1 + own], needs[1 + own :]
-    wanted = [needs[0] + sum(compress(_BITS.values(), needed)) for needed in of_each]
+    wanted = [needs[0] + sum(compress(BITS.values(), needed)) for needed in of_each]
     arguments = (cell.id, wanted, grads, kept, x, *directions, rows, *how)
     found = autograd._call(library.bidirectional_backward, *arguments)
-    first, second = (dict(zip(_GRADIENTS, some, strict=True)) for some in (found[:9], found[9:]))
-    gradients = [first["x"].add_(second["x"]) if needs[0] else None]
-    for by_name, given, needed in zip((first, second), directions, of_each, strict=True):
-        for name, operand, need in zip(_BITS, given, needed, strict=True):
-            gradients.append(by_name[name].to(operand.dtype) if need else None)
+    first, second = found[:9], found[9:]
+    gradients = [first[0].add_(second[0]) if needs[0] else None]
+    for of_one, given, needed in zip((first, second), directions, of_each, strict=True):
+        gradients += own_gradients(of_one, given, needed)
     return gradients
+
+
+def own_gradients(found, given, needed) -> list[Tensor | None]:
+    """Of the operands ``given`` those that are needed, out of what the op returns of one."""
+    by_name = dict(zip(GRADIENTS, found, strict=True))
+    each = zip(BITS, given, needed, strict=True)
+    return [by_name[name].to(operand.dtype) if need else None for name, operand, need in each]
 
 
 def _differentiable_backward(cell: Cell, rows, inputs, grads, needs):
     """The same gradients as a graph, from the reference's own: as of one direction."""
     aliases: list[Any] = [x if x is None else x.view_as(x) for x in inputs]
-    (x, *operands), own = aliases, len(_BITS)
+    (x, *operands), own = aliases, len(BITS)
     outputs: list[Tensor | None] = []
     for given, reverse in ((operands[:own], False), (operands[own:], True)):
-        named: dict[str, Any] = dict(zip(_BITS, given, strict=True))
+        named: dict[str, Any] = dict(zip(BITS, given, strict=True))
         outputs += reference.layer(cell, x, rows=rows, reverse=reverse, **named)
     return autograd._gradients(outputs, grads, aliases, needs)
 
@@ -119,7 +125,7 @@ def both(
     Returns:
         what :func:`fused_rnn.autograd.layer` returns, of each direction.
     """
-    operands = [own.get(name) for own in (forward, reverse) for name in _BITS]
+    operands = [own.get(name) for own in (forward, reverse) for name in BITS]
     how = (library or autograd.ops, algorithm, x.is_cuda and cudnn.allows_tf32())
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands)):
         outputs = _Both.apply(cell, how, rows, x, *operands)

@@ -7,7 +7,7 @@ torch.nn, which then refuses it in its own words.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
@@ -133,18 +133,15 @@ def rnn(
     keywords: dict[str, Any] = algorithm(backend)
     if "recompute" in problem.options and not (problem.transformed or problem.vmapped):
         keywords["recompute"] = True
-    finals: list[States] = []
-    for first in range(0, len(weights), problem.directions):
-        if first and dropout and training:
-            input = torch.dropout(input, dropout, True)
-        given: list[dict[str, Any]] = []
-        if options is not None and options.return_cell_states:
-            keywords["cells"] = first + problem.directions == len(weights)
+
+    def given(first: int, x: Tensor) -> list[dict[str, Any]]:
+        """What each direction of a layer whose input is like ``x`` is given."""
+        each: list[dict[str, Any]] = []
         for k, reverse in enumerate(reverses, first):
             entering = None if states is None else tuple(s[k] for s in states)
             if loop is not None:
                 entering = loop.enter(entering, k, reverse)
-            own = operands(cell, input, entering, weights[k])
+            own = operands(cell, x, entering, weights[k])
             if loop is not None:
                 recurrent, hidden = weights[k].w_hh.size(1), problem.H
                 widths = (recurrent, hidden)[: cell.states]
@@ -153,13 +150,32 @@ def rnn(
                 if (keep := loop.keep(widths, carry_dtype(problem.dtype))) is not None:
                     own["keep"] = keep
             if options is not None and options.flow is not None:
-                own["dh_norm"] = options.flow.room(input, problem.dtype, loop)
-            given.append({"reverse": reverse, **own})
-        outputs, cells, states_after = run_layer(chosen, cell, input, given, rows=rows, **keywords)
+                own["dh_norm"] = options.flow.room(x, problem.dtype, loop)
+            each.append({"reverse": reverse, **own})
+        return each
+
+    wants_cells = options is not None and options.return_cell_states
+    p = dropout if training else 0.0
+    chunks = (0, 0)
+    if rows is None and p < 1 and hasattr(chosen, "chunks"):
+        chunks = chosen.chunks(problem, backend)
+    finals: list[States] = []
+    if any(chunks):
+        keywords |= {"chunks": chunks, "cells": wants_cells}
+        outputs, cells, finals = run_stack(chosen, cell, input, len(weights), given, p, **keywords)
         if loop is not None:
-            states_after = list(map(loop.leave, states_after, reverses))
-        finals += states_after
-        input = joined(outputs)
+            finals = [loop.leave(final, reverses[0]) for final in finals]
+        input = outputs[0]
+    else:
+        for first in range(0, len(weights), problem.directions):
+            if first and p:
+                input = torch.dropout(input, p, True)
+            if wants_cells:
+                keywords["cells"] = first + problem.directions == len(weights)
+            layer = given(first, input)
+            outputs, cells, after = run_layer(chosen, cell, input, layer, rows=rows, **keywords)
+            finals += after if loop is None else map(loop.leave, after, reverses)
+            input = joined(outputs)
     results = tuple(map(cast, _stacked(finals), dtypes))
     if options is None or loop is None:
         return cast(input, dtypes[0]), results, None
@@ -309,6 +325,31 @@ def run_layer(
         found = [chosen.layer(cell, x, **own, **shared) for own in directions]
     finals: list[States] = [(h_n,) if c_n is None else (h_n, c_n) for _, _, h_n, c_n in found]
     return [h for h, *_ in found], [c for _, c, *_ in found], finals
+
+
+def run_stack(
+    chosen: ModuleType,
+    cell: Cell,
+    input: Tensor,
+    layers: int,
+    given: Callable[[int, Tensor], list[dict[str, Any]]],
+    dropout: float,
+    **keywords: Any,
+) -> tuple[list[Tensor], list[Any], list[States]]:
+    """The same of all layers in one direction, by the backend's ``wavefront``; outputs and cell
+    states of the last one. ``given(k, x)`` is as for :func:`run_layer`."""
+    x = cast(input, autocast_dtype(input) or input.dtype)
+    each: list[dict[str, Any]] = []
+    passed: list[Tensor] = []
+    for k in range(layers):
+        if k and dropout:  # the numbers that torch.dropout would draw
+            like = x.new_empty(*x.shape[:-1], each[-1]["w_hh"].size(1))
+            passed.append(torch.native_dropout(like, dropout, True)[1].view(torch.uint8))
+        each += given(k, input)
+    scale = 1 / (1 - dropout)
+    found = chosen.wavefront(cell, x, each, passed=passed, scale=scale, **keywords)
+    finals: list[States] = [(h_n,) if c_n is None else (h_n, c_n) for _, _, h_n, c_n in found]
+    return [found[-1][0]], [found[-1][1]], finals
 
 
 def _norm_layer(

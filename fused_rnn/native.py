@@ -246,6 +246,46 @@ def fake_bidirectional_backward(
     return one(0, forward) + one(1, reverse)
 
 
+def fake_stack(
+    cell, x, operands, passed, scale, reverse, save, chunk, side_by_side, algorithm, tf32
+) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = ()
+    for i in range(0, len(operands), 10):
+        *own, control, w_hr, h_mask, keep = operands[i : i + 10]
+        drops = i > 0 and len(passed) > 0
+        options: tuple[Any, ...] = (control, None, w_hr, h_mask, keep, algorithm, tf32)
+        made = fake_layer(*(cell, x, *own, reverse, save, *options))
+        results += (torch.empty_like(x) if drops else x.new_empty(0), *made)
+        x = made[0]
+    return results
+
+
+def fake_stack_backward(
+    cell,
+    wanted,
+    grads,
+    kept,
+    x,
+    operands,
+    passed,
+    scale,
+    reverse,
+    chunk,
+    side_by_side,
+    algorithm,
+    tf32,
+) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = ()
+    for i, of_layer in enumerate(wanted):
+        w_ih, _, w_hh, _, h0, c0, control, w_hr, h_mask, keep = operands[10 * i : 10 * i + 10]
+        _, h, c, saved = kept[4 * i : 4 * i + 4]
+        given = (*grads[4 * i : 4 * i + 4], h, c, saved, x, w_ih, w_hh, h0, c0)
+        options = (reverse, control, None, w_hr, h_mask, keep, algorithm, tf32)
+        found += fake_layer_backward(*(cell, of_layer | (1 if i else 0), *given, *options))
+        x = h
+    return found
+
+
 # csrc/schemas.h, for ops in Python that are to have the same.
 SCHEMAS = {
     "layer": "(int cell, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh, Tensor? b_hh, "
@@ -268,6 +308,8 @@ FAKES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "layer_backward": fake_layer_backward,
     "bidirectional": fake_bidirectional,
     "bidirectional_backward": fake_bidirectional_backward,
+    "stack": fake_stack,
+    "stack_backward": fake_stack_backward,
     "step": fake_step,
     "step_backward": fake_step_backward,
 }

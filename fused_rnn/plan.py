@@ -166,6 +166,9 @@ class Plan:
         limit: the words of the largest cost.
         us_per_step: predicted µs of a step of the whole batch, in all of the layer's directions.
         setup_us: predicted µs before the first step.
+        chunk: how many steps each layer of a stack runs at a time, while the layer before it runs
+            the next ones; 0 where layers run one after the other.
+        stack_us: predicted µs of all layers.
         why: the reason for the choice.
         wanted: where a faster algorithm is planned but not proven, its plan.
         refusals: each algorithm that cannot run the problem, and why.
@@ -198,6 +201,8 @@ class Plan:
     limit: str
     us_per_step: float
     setup_us: float
+    chunk: int
+    stack_us: float
     why: str
     wanted: Plan | None
     refusals: dict[str, str]
@@ -227,6 +232,11 @@ class Plan:
             f"  limit     {self.limit}",
             "  costs     " + "; ".join(f"{what}: {us:.2f} µs" for what, us in self.costs),
         ]
+        if self.chunk:
+            lines.append(
+                f"  stack     side by side, {self.chunk} steps at a time: predicted "
+                f"{self.stack_us:.0f} µs for all layers"
+            )
         if self.wanted is not None:
             lines.append(
                 f"  by name   {self.wanted.algorithm}, predicted {self.wanted.us_per_step:.2f} µs "
@@ -247,11 +257,12 @@ def plan(
     device: Device,
     backward: bool = False,
     directions: int = 1,
+    layers: int = 1,
     tf32: bool = False,
     algorithm: str = "auto",
     proven_only: bool = True,
 ) -> Plan:
-    """Plan one layer on a CUDA device.
+    """Plan one layer on a CUDA device, and how a stack of them runs.
 
     Args:
         cell: a key of :data:`fused_rnn.cells.CELLS`.
@@ -263,6 +274,7 @@ def plan(
         device: the GPU, from :func:`describe` or out of :data:`KNOWN_DEVICES`.
         backward: plan the backward pass. Default: ``False``
         directions: 1, or 2 for both directions of a layer. Default: 1
+        layers: how many like it stand one above the other. Default: 1
         tf32: float32 may be multiplied in TF32. Default: ``False``
         algorithm: one of :data:`ALGORITHMS`, or ``"auto"`` for the one predicted to be the fastest.
             Default: ``"auto"``
@@ -293,12 +305,15 @@ def plan(
         P=P,
         backward=backward,
         directions=directions,
+        layers=layers,
         algorithm=algorithm,
         proven_only=proven_only,
     )
     sizes = f"T={T} N={N} H={H}" + (f" P={P}" if P else "")
     if directions == 2:
         sizes += ", both directions"
+    if layers > 1:
+        sizes += f", {layers} layers"
     shared: dict[str, Any] = {
         "problem": (
             f"{cell} {'backward' if backward else 'forward'}, {arithmetic}, {sizes}, "

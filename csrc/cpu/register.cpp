@@ -213,6 +213,7 @@ void fused_rnn_cell(int cell, int scalar, int64_t N, int64_t I, int64_t H, const
 
 STABLE_TORCH_LIBRARY(fused_rnn, library) {
   fused_rnn::define_ops(library);
+  fused_rnn::define_stack_ops(library);
   fused_rnn::define_norm_ops(library);
 }
 

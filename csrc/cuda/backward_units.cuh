@@ -9,15 +9,19 @@ namespace fused_rnn::cuda {
 template <class T>
 struct BackwardLoop {
   BackwardLayer<T> layer;
-  bool wide;  // neighbouring units that a lane owns are one access everywhere
+  int64_t first, count;  // the steps to run, from the last
+  bool wide;             // neighbouring units that a lane owns are one access everywhere
   const T* w_hh;
   const T *dh, *dc;           // [M, H], or null
   arithmetic_t<T>*dh0, *dc0;  // [N, H] the carried gradients, read before and written after
   T *dgx, *dgh;               // [M, G*H]; dgh is null where it equals dgx
 
   BackwardLoop() = default;
-  BackwardLoop(const BackwardArgs& a, const BackwardStep<T>& step, int width)
+  BackwardLoop(const BackwardArgs& a, const BackwardStep<T>& step, int64_t first, int64_t count,
+               int width)
       : layer(step.layer),
+        first(first),
+        count(count),
         wide(a.H % width == 0),
         w_hh(static_cast<const T*>(a.w_hh)),
         dh(step.dh),

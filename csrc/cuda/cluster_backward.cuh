@@ -89,6 +89,10 @@ struct BackwardWarp {
 
   // All directions have the same; those of the first stand in instructions, not in registers.
   FUSED_RNN_DEVICE const BackwardLayer<T>& sizes() const { return a.loops[0].layer; }
+  FUSED_RNN_DEVICE int64_t turns() const { return a.loops[0].count; }
+  FUSED_RNN_DEVICE int64_t step_of(int64_t turn) const {
+    return a.loops[0].first + turns() - 1 - turn;
+  }
   // Neighbouring clusters run the same rows, each in its direction.
   FUSED_RNN_DEVICE int cluster_index() const { return block_index().x / a.cut.team; }
   FUSED_RNN_DEVICE int64_t row_of(int of_tile) const { return row + 8 * (of_tile - tile); }
@@ -136,27 +140,28 @@ struct BackwardWarp {
       store(operands + i, from_float<T>(0));
     load_weights();
     each_row([&](int j, int64_t n) { rows[j].load_carried(loop, n, unit, units_end); });
-    fetch(sizes().loop.T - 1);
+    fetch(0);
     if (a.cut.team > 1)
       cluster_sync();
     else
       sync_block();
   }
 
-  FUSED_RNN_DEVICE void fetch(int64_t step) {
+  FUSED_RNN_DEVICE void fetch(int64_t turn) {
+    const int64_t step = step_of(turn);
     each_row([&](int j, int64_t n) { rows[j].fetch(loop, step, n, unit); });
   }
 
-  // Turn 0 makes the gradients of the last step; turn T only gathers what the first one sent. Until
-  // the sums of the turn before are there, and for this one's bytes to be counted.
+  // Turn 0 makes the gradients of the last step; the turn after all steps only gathers what the
+  // first one sent. Until the sums of the turn before are there, and for this one's bytes to be
+  // counted.
   FUSED_RNN_DEVICE void wait(int64_t turn) {
     if (a.cut.team == 1) {
       if (turn > 0) sync_block();
       return;
     }
     if (piece >= 0 && turn > 0) mbarrier_wait(arrived + (turn - 1) % 2, int((turn - 1) / 2 % 2));
-    if (thread_index().x == 0 && turn < sizes().loop.T)
-      mbarrier_arrive_expect(arrived + turn % 2, bytes);
+    if (thread_index().x == 0 && turn < turns()) mbarrier_arrive_expect(arrived + turn % 2, bytes);
   }
 
   // What the steps after this one send into the carried hidden state of the lane's units and rows.
@@ -236,20 +241,19 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
   // A block alone has at most 8 pieces, so 128 units: two tiles a warp.
   if constexpr (!has_clusters() && kM > 2) return unsupported("clusters need sm_90");
   BackwardWarp<Cell, T, kM, kTiles> warp(a);
-  const int64_t T_ = warp.sizes().loop.T;
   warp.start();
-  for (int64_t turn = 0; turn < T_; ++turn) {
-    const int64_t step = T_ - 1 - turn;
+  for (int64_t turn = 0; turn < warp.turns(); ++turn) {
+    const int64_t step = warp.step_of(turn);
     warp.wait(turn);
     warp.gather(turn);
     warp.update(turn, step);
     sync_block();
     warp.multiply_and_send(turn);
     warp.write_outputs(step);
-    if (step > 0) warp.fetch(step - 1);
+    if (turn + 1 < warp.turns()) warp.fetch(turn + 1);
   }
-  warp.wait(T_);
-  warp.gather(T_);
+  warp.wait(warp.turns());
+  warp.gather(warp.turns());
   warp.write_carried();
 }
 
@@ -257,10 +261,11 @@ template <class Cell, class T, class Machine>
 void backward_cluster(Directions<BackwardArgs> directions, BackwardShape shape,
                       const BackwardCut& cut, Machine& machine) {
   const int64_t tiles = (directions[0].N + shape.columns() - 1) / shape.columns();
-  backward_of<Cell, T>(directions, machine, [&](const std::vector<BackwardStep<T>>& steps) {
+  const int64_t T_ = directions[0].T, chunk = directions[0].chunk ? directions[0].chunk : T_;
+  backward_of<Cell, T>(directions, chunk, machine, [&](const auto& steps, auto first, auto count) {
     ClusterBackward<T> all{{}, directions.count, cut};
     for (int i = 0; i < directions.count; ++i)
-      all.loops[i] = BackwardLoop<T>(directions[i], steps[size_t(i)], 2);
+      all.loops[i] = BackwardLoop<T>(directions[i], steps[size_t(i)], first, count, 2);
     const auto launch = [&](auto kernel) {
       machine.launch_clusters(kernel, cut.team, directions.count * tiles, 32 * cut.warps,
                               BackwardShared(shape, cut).bytes, all);

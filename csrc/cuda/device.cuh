@@ -130,6 +130,17 @@ void run_backward(Directions<BackwardArgs> directions, Machine& machine) {
   stepwise();
 }
 
+// run(layer) for the layers of a stack.
+template <class Args, class Machine, class Run>
+void each_layer(Stack<Args> stack, Machine& machine, Run run) {
+  if (stack.side_by_side) machine.fork(stack.count);
+  for (int i = 0; i < stack.count; ++i) {
+    if (stack.side_by_side) machine.on(i);
+    run(Directions<Args>(stack[i]));
+  }
+  if (stack.side_by_side) machine.join();
+}
+
 template <class Machine>
 struct Ops {
   static void forward(Directions<ForwardArgs> directions, const Tensor& like) {
@@ -146,6 +157,22 @@ struct Ops {
       run_backward<decltype(cell), decltype(scalar)>(directions, machine);
     });
   }
+  static void forward_stack(Stack<ForwardArgs> stack, const Tensor& like) {
+    Machine machine(like, stack[0].tf32);
+    dispatch(stack[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
+      each_layer(stack, machine, [&](Directions<ForwardArgs> layer) {
+        run_forward<decltype(cell), decltype(scalar)>(layer, machine);
+      });
+    });
+  }
+  static void backward_stack(Stack<BackwardArgs> stack, const Tensor& like) {
+    Machine machine(like, stack[0].tf32);
+    dispatch(stack[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
+      each_layer(stack, machine, [&](Directions<BackwardArgs> layer) {
+        run_backward<decltype(cell), decltype(scalar)>(layer, machine);
+      });
+    });
+  }
   template <bool kBackward>
   static void step(const StepArgs& args, const Tensor& like) {
     Machine machine(like, false);
@@ -153,8 +180,13 @@ struct Ops {
       machine.launch(one_step<decltype(cell), decltype(scalar), kBackward>, args.H, args.N, args);
     });
   }
-  static constexpr Device kDevice = {in_turn<ForwardArgs, forward>, in_turn<BackwardArgs, backward>,
-                                     step<false>, step<true>, std::size(kAlgorithms)};
+  static constexpr Device kDevice = {in_turn<ForwardArgs, forward>,
+                                     in_turn<BackwardArgs, backward>,
+                                     step<false>,
+                                     step<true>,
+                                     std::size(kAlgorithms),
+                                     forward_stack,
+                                     backward_stack};
 };
 
 }  // namespace fused_rnn::cuda

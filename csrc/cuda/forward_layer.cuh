@@ -143,6 +143,7 @@ void forward_of(Directions<ForwardArgs> directions, Machine& machine, Launch lau
       layers[i].gx_first = inputs[i].first_row(first);
     }
     launch(layers);
+    machine.end(first);
   }
 }
 

@@ -41,6 +41,12 @@ FUSED_RNN_DEVICE void write(T* base, int64_t at, arithmetic_t<T> x) {
 //   machine.forget()                              all of it may be used for something else
 //   machine.multiply(sizes, a, b, out)            out = a b
 //   machine.launch(kernel, units, rows, argument) kernel(argument), see Place
+//   machine.begin(step), machine.end(step)        around a chunk of steps, by its first one
+//
+// Layers of a stack may run side by side: between fork(layers) and join(), what follows on(layer)
+// waits for nothing but what was there before fork, its own, and at begin() the end of the same
+// chunk of the layer before. Otherwise all runs in its order, and begin() and end() do nothing.
+// Memory is kept until join().
 //
 // A product: out [m, n] = a b, all dense and row-major; a is [m, k], or [k, m] where it is
 // transposed, b is [k, n], or [n, k]. Operands have the dtype of the tensors, sums are made in the

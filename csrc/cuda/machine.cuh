@@ -15,6 +15,7 @@
 
 #include "cuda/describe.h"
 #include "cuda/layer.cuh"
+#include "cuda/side_stream.cuh"
 #include "ops.h"
 
 namespace fused_rnn::cuda {
@@ -33,6 +34,8 @@ using Gemm = int (*)(void* handle, int op_a, int op_b, int m, int n, int k, cons
                      const void* beta, void* c, int c_type, int ldc, int compute, int algorithm);
 
 using SetMathMode = int (*)(void* handle, int mode);
+using SetStream = int (*)(void* handle, cudaStream_t stream);
+using SetWorkspace = int (*)(void* handle, void* workspace, size_t bytes);
 
 // Found through libtorch, which this library needs and which brings cuBLAS.
 template <class Function>
@@ -51,24 +54,62 @@ constexpr Type type_of() {
 }
 }  // namespace cublas
 
-inline void check(cudaError_t error, const char* what) {
-  STD_TORCH_CHECK(error == cudaSuccess, "fused_rnn: ", what, ": ", cudaGetErrorString(error));
-}
-
 class CudaMachine {
   const Tensor& like_;
   const bool tf32_;
   torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t torchs_ = nullptr, stream_ = nullptr;  // stream_: where everything goes now
   void* blas_ = nullptr;
-  std::vector<Tensor> memory_;  // torch frees it in the order of the stream
+  std::vector<Tensor> memory_;     // torch frees it in the order of its stream
+  std::vector<SideStream> sides_;  // of the layers, between fork and join
+  size_t side_ = 0;
 
  public:
   CudaMachine(const Tensor& like, bool tf32)
       : like_(like), tf32_(tf32), guard_(like.get_device_index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
+    torchs_ = stream_ = static_cast<cudaStream_t>(stream);
+  }
+  // After an exception, too, memory goes back to torch behind what the other streams still do.
+  ~CudaMachine() {
+    try {
+      join();
+    } catch (const std::exception&) {  // the one on its way says more
+    }
+  }
+  CudaMachine(const CudaMachine&) = delete;
+
+  void fork(int layers) {
+    // What cuBLAS' documentation recommends; of each, since products run at the same time.
+    const size_t workspace = gpu().capability >= 90 ? size_t(32) << 20 : size_t(4) << 20;
+    for (int i = 0; i < layers; ++i) {
+      sides_.emplace_back(like_.get_device_index(), memory<char>(int64_t(workspace)), workspace);
+      sides_.back().wait_for(torchs_);
+    }
+  }
+  void on(int layer) {
+    side_ = size_t(layer);
+    stream_ = sides_[side_].stream();
+    static const auto set_stream = cublas::find<cublas::SetStream>("cublasSetStream_v2");
+    static const auto set_workspace = cublas::find<cublas::SetWorkspace>("cublasSetWorkspace_v2");
+    int status = set_stream(handle(), stream_);
+    if (!status) status = set_workspace(handle(), sides_[side_].workspace, sides_[side_].bytes);
+    STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to another stream");
+  }
+  void begin(int64_t step) {
+    if (!sides_.empty() && side_ > 0) sides_[side_ - 1].let_wait(stream_, step);
+  }
+  void end(int64_t step) {
+    if (!sides_.empty()) sides_[side_].mark(step);
+  }
+  // Torch gives cuBLAS its own stream and workspace whenever it takes the handle.
+  void join() {
+    for (SideStream& side : sides_) side.let_wait(torchs_);
+    sides_.clear();
+    stream_ = torchs_;
+    blas_ = nullptr;
+    forget();
   }
 
   template <class T>
@@ -82,7 +123,9 @@ class CudaMachine {
   }
 
   // What memory() has given so far is no longer used.
-  void forget() { memory_.clear(); }
+  void forget() {
+    if (sides_.empty()) memory_.clear();
+  }
 
   template <class Kernel, class... Args>
   void launch(Kernel* kernel, int64_t units, int64_t rows, const Args&... args) {

@@ -35,4 +35,6 @@ FUSED_RNN_GRIDS(fp16, false)
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn, CUDA, library) {
   fused_rnn::implement_ops<fused_rnn::cuda::Ops<fused_rnn::cuda::CudaMachine>::kDevice>(library);
+  fused_rnn::implement_stack_ops<fused_rnn::cuda::Ops<fused_rnn::cuda::CudaMachine>::kDevice>(
+      library);
 }

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "layer.cuh"
+#include "dropout.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -307,6 +307,20 @@ BackwardStep<T> start_backward(const BackwardArgs& a, Machine& machine) {
   return step;
 }
 
+// The gradient of the input of some steps.
+template <class Cell, class T, class Machine>
+void input_gradient(const BackwardArgs& a, const T* dgx, int64_t step, int64_t steps,
+                    Machine& machine) {
+  if (!a.w_ih || !a.dx) return;
+  const int64_t gates = Cell::kGates * a.H;
+  const int64_t first = a.rows ? 0 : (a.reverse ? a.T - step - steps : step) * a.N;
+  const int64_t rows = a.rows ? a.M : steps * a.N;
+  T* const dx = static_cast<T*>(a.dx);
+  machine.multiply({rows, a.I, gates}, dgx + first * gates, static_cast<const T*>(a.w_ih),
+                   dx + first * a.I);
+  if (a.passed) drop_out_rows<T>(a, dx, dx, first, rows, machine);
+}
+
 // And what comes after it.
 template <class Cell, class T, class Machine>
 void finish_backward(const BackwardArgs& a, const BackwardStep<T>& step, Machine& machine) {
@@ -314,8 +328,6 @@ void finish_backward(const BackwardArgs& a, const BackwardStep<T>& step, Machine
   const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
   const BackwardLayer<T>& layer = step.layer;
   const T *const dgx = step.dgx, *const dgh = step.dgh ? step.dgh : dgx;
-  if (a.w_ih && a.dx)
-    machine.multiply({a.M, a.I, gates}, dgx, matrix(a.w_ih), static_cast<T*>(a.dx));
   if (a.dw_ih)
     machine.multiply({gates, a.I, a.M, true}, dgx, matrix(a.x), static_cast<T*>(a.dw_ih));
   if (a.dw_hh) {
@@ -336,13 +348,24 @@ void finish_backward(const BackwardArgs& a, const BackwardStep<T>& step, Machine
   }
 }
 
-// run_loop(steps) makes dgx and dgh of all rows, dh_all where there is a projection, and of the
-// gradients of the final states in dh0 and dc0 those of the initial ones, in each direction.
+// run_loop(steps, first, count) makes dgx and dgh of these steps' rows, dh_all where there is a
+// projection, and of the gradients of the states after them in dh0 and dc0 those of the states
+// before, in each direction; `chunk` steps at a time, from the last on.
 template <class Cell, class T, class Machine, class RunLoop>
-void backward_of(Directions<BackwardArgs> directions, Machine& machine, RunLoop run_loop) {
+void backward_of(Directions<BackwardArgs> directions, int64_t chunk, Machine& machine,
+                 RunLoop run_loop) {
   std::vector<BackwardStep<T>> steps;
   for (const BackwardArgs& a : directions) steps.push_back(start_backward<Cell, T>(a, machine));
-  run_loop(steps);
+  int64_t end = directions[0].T;
+  do {
+    const int64_t first = end > chunk ? end - chunk : 0;
+    machine.begin(first);
+    run_loop(steps, first, end - first);
+    for (int i = 0; i < directions.count; ++i)
+      input_gradient<Cell>(directions[i], steps[size_t(i)].dgx, first, end - first, machine);
+    machine.end(first);
+    end = first;
+  } while (end > 0);
   for (int i = 0; i < directions.count; ++i)
     finish_backward<Cell, T>(directions[i], steps[size_t(i)], machine);
 }
@@ -352,7 +375,7 @@ void backward(const BackwardArgs& a, Machine& machine) {
   using A = arithmetic_t<T>;
   const int64_t gates = Cell::kGates * a.H;
   const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
-  backward_of<Cell, T>(a, machine, [&](const std::vector<BackwardStep<T>>& steps) {
+  backward_of<Cell, T>(a, a.T, machine, [&](const auto& steps, int64_t, int64_t) {
     BackwardStep<T> step = steps[0];
     A* const product = machine.template memory<A>(a.N * a.R);
     step.product = product;

@@ -3,7 +3,7 @@
 // nothing, so nothing waits.
 #pragma once
 
-#include "layer.cuh"
+#include "dropout.cuh"
 
 namespace fused_rnn::cuda {
 
@@ -27,7 +27,9 @@ class InputProducts {
       : a_(a),
         machine_(machine),
         gates_(gates * a.H),
-        chunk_(a.rows || !a.w_ih ? a.T : (kInputRows + a.N - 1) / a.N),
+        chunk_(a.rows || !a.w_ih ? a.T
+               : a.chunk         ? a.chunk
+                                 : (kInputRows + a.N - 1) / a.N),
         gx_(a.w_ih ? machine.template memory<A>((a.rows ? a.M : steps(0) * a.N) * gates_)
                    : nullptr) {}
 
@@ -35,6 +37,10 @@ class InputProducts {
   int64_t chunk() const { return chunk_; }
   // How many steps from `step` on, a multiple of chunk(), have their products now.
   int64_t make(int64_t step) {
+    machine_.begin(step);
+    if (a_.below)
+      drop_out_rows<T>(a_, a_.below, const_cast<void*>(a_.x), first_row(step), steps(step) * a_.N,
+                       machine_);
     if (a_.w_ih)
       machine_.multiply({a_.rows ? a_.M : steps(step) * a_.N, gates_, a_.I, false, true},
                         static_cast<const T*>(a_.x) + first_row(step) * a_.I,
@@ -234,6 +240,7 @@ void forward(const ForwardArgs& a, Machine& machine) {
                        static_cast<const T*>(a.w_hr), projected);
       machine.launch(place_projected<T>, a.R, a.N, step);
     }
+    if (step.last || (i + 1) % input.chunk() == 0) machine.end(i / input.chunk() * input.chunk());
   }
 }
 

@@ -7,6 +7,8 @@ algorithm), and one or more of
 - ``layer(...)``: one layer in one direction over all steps;
 - ``plain_layer(...)``: the same on the CPU for the common case, in few lines, beside a ``layer``;
 - ``both(...)``: both directions of a layer in one call, beside a ``layer``;
+- ``wavefront(...)``: all layers of a stack in one call, beside a ``layer``, and
+  ``chunks(problem, algorithm)``, which says whether that pays;
 - ``norm_layer(...)``: the same for a cell with layer norms;
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside

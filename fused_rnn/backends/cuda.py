@@ -9,6 +9,7 @@ from .. import native
 from ..autograd import layer
 from ..bidirectional import both
 from ..plan import ALGORITHMS, Device, Plan, describe, plan
+from ..wavefront import wavefront
 from . import cpu, cudnn, tuning
 from .cpu import cell_step
 
@@ -21,10 +22,12 @@ __all__ = [
     "available",
     "both",
     "cell_step",
+    "chunks",
     "explain",
     "lacks",
     "layer",
     "supports",
+    "wavefront",
 ]
 
 NAME = "cuda"
@@ -95,9 +98,38 @@ def _plan(
         device=device,
         backward=backward,
         directions=problem.directions,
+        layers=problem.layers if _is_stack(problem) else 1,
         tf32=cudnn.allows_tf32(),
         algorithm=algorithm,
     )
+
+
+def chunks(problem: Problem, algorithm: str) -> tuple[int, int]:
+    """How many steps at a time the layers run side by side, forward and backward; 0 where they run
+    one after the other.
+
+    Args:
+        algorithm: the one asked for, or ``"auto"``.
+    """
+    return _chunks(problem, algorithm, cudnn.allows_tf32()) if _is_stack(problem) else (0, 0)
+
+
+def _is_stack(problem: Problem) -> bool:
+    """Whether one call may have all layers. A compiler or a transform wants to see each; what is
+    computed again is one layer's; packed rows may lie anywhere."""
+    apart = problem.compiling or problem.transformed or problem.vmapped or problem.packed
+    return problem.layers > 1 and problem.T > 0 and not apart and "recompute" not in problem.options
+
+
+@lru_cache(maxsize=1024)
+def _chunks(problem: Problem, algorithm: str, tf32: bool) -> tuple[int, int]:
+    def of(*, backward: bool) -> int:
+        try:
+            return _plan(problem, describe(problem.ordinal), algorithm, backward=backward).chunk
+        except (RuntimeError, ValueError):
+            return 0
+
+    return of(backward=False), of(backward=True) if problem.grad else 0
 
 
 @lru_cache(maxsize=1024)

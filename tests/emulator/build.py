@@ -154,6 +154,13 @@ def cluster_launches() -> int:
     return int(count())
 
 
+def overlaps() -> int:
+    """How many chunks layers of stacks ended since the last call beside the layers before them."""
+    count = ctypes.CDLL(str(library())).fused_rnn_emulator_overlaps
+    count.restype = ctypes.c_int64
+    return int(count())
+
+
 def sms(count: int) -> None:
     """Say how many SMs the emulated GPU has."""
     ctypes.CDLL(str(library())).fused_rnn_emulator_sms(ctypes.c_int64(count))

@@ -3,7 +3,11 @@
 // sums in double: cuBLAS' rounding is not what is tested.
 #include <string.h>
 
+#include <deque>
+#include <functional>
+#include <map>
 #include <memory>
+#include <set>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -12,6 +16,7 @@
 
 #include "cuda/device.cuh"
 #include "emulator.h"
+#include "machine.h"
 #include "schemas.h"
 
 namespace fused_rnn::cuda {
@@ -19,6 +24,7 @@ namespace {
 
 uint64_t seed = 0;
 int64_t cluster_launches = 0, grid_launches = 0;
+int64_t overlaps = 0;  // chunks that a layer ended while the one before it had more to do
 
 // What the planner is told of the machine: an H200, whose clusters a test may restrict.
 Gpu h200() {
@@ -38,14 +44,40 @@ class EmulatedMachine {
     void *outside, *inside;
     size_t bytes;
   };
+  struct Work {
+    std::function<bool()> can_run;
+    std::function<void()> run;
+  };
+  using Chunk = std::pair<size_t, int64_t>;  // of a layer, by its first step
+
   std::vector<std::unique_ptr<emulator::Allocation>> memory_;
   std::vector<Loan> written_;
+  std::map<std::pair<const void*, size_t>, void*> lent_;
   size_t borrowed_ = 0;  // of memory_, the first ones
   bool tf32_;
+  std::vector<std::deque<Work>> sides_;  // what each layer still has to do
+  size_t side_ = 0;
+  std::set<Chunk> ended_;
+
+  // At once, or between fork and join when its layer's turn comes.
+  template <class Run>
+  void do_in_order(Run run) {
+    if (sides_.empty()) return run();
+    sides_[side_].push_back({[] { return true; }, run});
+  }
 
   void* take(const char* name, size_t bytes) {
     memory_.push_back(std::make_unique<emulator::Allocation>(name, bytes));
     return memory_.back()->data();
+  }
+
+  template <class... Parameters, class... Args>
+  void run(emulator::Launch launch, void (*kernel)(Parameters...), const Args&... args) {
+    launch.seed = seed;
+    do_in_order([=] {
+      const emulator::Report report = emulator::run(launch, kernel, args...);
+      STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
+    });
   }
 
   template <class Argument>
@@ -56,19 +88,23 @@ class EmulatedMachine {
     launch.block = {threads};
     launch.cluster = cluster;
     launch.shared_bytes = size_t(bytes);
-    launch.seed = seed;
-    const emulator::Report report = emulator::run(launch, kernel, argument);
-    STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
+    run(launch, kernel, argument);
   }
 
  public:
   explicit EmulatedMachine(bool tf32 = false) : tf32_(tf32) {}
 
-  // Puts a copy in place of what `pointer` points at, where the emulator sees every access.
+  // Puts a copy in place of what `pointer` points at, where the emulator sees every access. What
+  // layers share they share there, too.
   template <class P>
   void borrow(const char* name, P*& pointer, int64_t bytes) {
     if (!pointer) return;
-    void* const inside = take(name, size_t(bytes));
+    void*& inside = lent_[{pointer, size_t(bytes)}];
+    if (inside) {
+      pointer = static_cast<P*>(inside);
+      return;
+    }
+    inside = take(name, size_t(bytes));
     borrowed_ = memory_.size();
     if constexpr (std::is_const_v<P>)
       memcpy(inside, pointer, size_t(bytes));
@@ -85,7 +121,46 @@ class EmulatedMachine {
     return static_cast<T*>(take("memory", size_t(count) * sizeof(T)));
   }
 
-  void forget() { memory_.resize(borrowed_); }
+  void forget() {
+    if (sides_.empty()) memory_.resize(borrowed_);
+  }
+
+  // Streams: each does its work in order, and the seed chooses whose turn it is.
+  void fork(int layers) { sides_.resize(size_t(layers)); }
+  void on(int layer) { side_ = size_t(layer); }
+  void begin(int64_t step) {
+    if (sides_.empty() || side_ == 0) return;
+    const Chunk before{side_ - 1, step};
+    sides_[side_].push_back({[this, before] { return ended_.contains(before); }, [] {}});
+  }
+  void end(int64_t step) {
+    if (sides_.empty()) return;
+    const Chunk chunk{side_, step};
+    do_in_order([this, chunk] {
+      ended_.insert(chunk);
+      overlaps += chunk.first > 0 && !sides_[chunk.first - 1].empty();
+    });
+  }
+  void join() {
+    emulator::Random random(seed);
+    const bool eager = random.one_in(2);  // the last layer goes on as soon as it can
+    while (true) {
+      std::vector<std::deque<Work>*> ready;
+      bool done = true;
+      for (std::deque<Work>& side : sides_) {
+        done = done && side.empty();
+        if (!side.empty() && side.front().can_run()) ready.push_back(&side);
+      }
+      if (done) break;
+      STD_TORCH_CHECK(!ready.empty(), "emulator: the layers wait for each other");
+      std::deque<Work>& next = eager ? *ready.back() : *ready[random.below(ready.size())];
+      next.front().run();
+      next.pop_front();
+    }
+    sides_.clear();
+    ended_.clear();
+    forget();
+  }
 
   template <class... Parameters, class... Args>
   void launch(void (*kernel)(Parameters...), int64_t units, int64_t rows, const Args&... args) {
@@ -95,9 +170,7 @@ class EmulatedMachine {
     launch.grid = {int((units + kThreads - 1) / kThreads),
                    int(rows < kMostRows ? rows : kMostRows)};
     launch.block = {kThreads};
-    launch.seed = seed;
-    const emulator::Report report = emulator::run(launch, kernel, args...);
-    STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
+    run(launch, kernel, args...);
   }
 
   const Gpu& gpu() const { return emulated; }
@@ -114,15 +187,23 @@ class EmulatedMachine {
     ++grid_launches;
     launch_blocks(kernel, blocks, 1, threads, bytes, argument);
   }
-  void clear(void* memory, int64_t bytes) { memset(memory, 0, size_t(bytes)); }
+  void clear(void* memory, int64_t bytes) {
+    do_in_order([=] { memset(memory, 0, size_t(bytes)); });
+  }
 
   template <class T, class Out>
   void multiply(Sizes s, const T* a, const T* b, Out* out) {
-    const auto value = [this](auto x) {
+    do_in_order([=, tf32 = tf32_] { multiply_now(s, a, b, out, tf32); });
+  }
+
+ private:
+  template <class T, class Out>
+  static void multiply_now(Sizes s, const T* a, const T* b, Out* out, bool tf32) {
+    const auto value = [tf32](auto x) {
       if constexpr (sizeof(x) == 2)
         return double(to_float(x));
       else if constexpr (sizeof(x) == 4)
-        return double(tf32_ ? std::bit_cast<float>(to_tf32(x)) : x);
+        return double(tf32 ? std::bit_cast<float>(to_tf32(x)) : x);
       else
         return double(x);
     };
@@ -153,7 +234,15 @@ struct Bytes {
 
 void borrow(EmulatedMachine& machine, Layer& a, Bytes bytes) {
   const int64_t gates = kCellShapes[a.cell].gates * a.H;
-  machine.borrow("x", a.x, a.M * a.I * bytes.io);
+  if (a.below) {
+    machine.borrow("h of the layer below", a.below, a.M * a.I * bytes.io);
+    void* made = const_cast<void*>(a.x);
+    machine.borrow("x", made, a.M * a.I * bytes.io);
+    a.x = made;
+  } else {
+    machine.borrow("x", a.x, a.M * a.I * bytes.io);
+  }
+  machine.borrow("passed", a.passed, a.M * a.I);
   machine.borrow("w_ih", a.w_ih, gates * a.I * bytes.io);
   machine.borrow("w_hh", a.w_hh, gates * a.R * bytes.io);
   machine.borrow("w_hr", a.w_hr, a.R * a.H * bytes.io);
@@ -225,6 +314,31 @@ void backward(Directions<BackwardArgs> directions, const Tensor& like) {
   });
 }
 
+// run(layers in the emulator's memory, cell, scalar, machine).
+template <class Args, class Run>
+void stack_on_emulator(Stack<Args> stack, const Tensor& like, Run run) {
+  std::vector<Args> all(stack.first, stack.first + stack.count);
+  EmulatedMachine machine(all[0].tf32);
+  for (Args& a : all) borrow(machine, a, Bytes(like));
+  dispatch(all[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
+    each_layer(Stack<Args>{all.data(), stack.count, stack.side_by_side}, machine,
+               [&](Directions<Args> layer) { run(layer, cell, scalar, machine); });
+  });
+  machine.give_back();
+}
+
+void forward_stack(Stack<ForwardArgs> stack, const Tensor& like) {
+  stack_on_emulator(stack, like, [](auto layer, auto cell, auto scalar, auto& machine) {
+    run_forward<decltype(cell), decltype(scalar)>(layer, machine);
+  });
+}
+
+void backward_stack(Stack<BackwardArgs> stack, const Tensor& like) {
+  stack_on_emulator(stack, like, [](auto layer, auto cell, auto scalar, auto& machine) {
+    run_backward<decltype(cell), decltype(scalar)>(layer, machine);
+  });
+}
+
 template <bool kBackward>
 void step(const StepArgs& args, const Tensor& like) {
   StepArgs a = args;
@@ -260,8 +374,13 @@ void step(const StepArgs& args, const Tensor& like) {
   machine.give_back();
 }
 
-constexpr Device kEmulated = {in_turn<ForwardArgs, forward>, in_turn<BackwardArgs, backward>,
-                              step<false>, step<true>, std::size(kAlgorithms)};
+constexpr Device kEmulated = {in_turn<ForwardArgs, forward>,
+                              in_turn<BackwardArgs, backward>,
+                              step<false>,
+                              step<true>,
+                              std::size(kAlgorithms),
+                              forward_stack,
+                              backward_stack};
 
 }  // namespace
 }  // namespace fused_rnn::cuda
@@ -292,8 +411,17 @@ extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_cluste
     fused_rnn::cuda::emulated.clusters[i] = active[i];
 }
 
-STABLE_TORCH_LIBRARY(fused_rnn_emulated, library) { fused_rnn::define_ops(library); }
+// Chunks that layers of a stack ended beside the layers before them, since the last time.
+extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_emulator_overlaps() {
+  return std::exchange(fused_rnn::cuda::overlaps, 0);
+}
+
+STABLE_TORCH_LIBRARY(fused_rnn_emulated, library) {
+  fused_rnn::define_ops(library);
+  fused_rnn::define_stack_ops(library);
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fused_rnn_emulated, CPU, library) {
   fused_rnn::implement_ops<fused_rnn::cuda::kEmulated>(library);
+  fused_rnn::implement_stack_ops<fused_rnn::cuda::kEmulated>(library);
 }

@@ -1,0 +1,482 @@
+"""Layers of a stack side by side: the same bits as one layer after the other. On the emulator the
+order of the layers' work is drawn; on a GPU it is the streams'."""
+
+import functools
+import re
+
+import pytest
+import torch
+from devices import MISSING_GPU
+from emulator import build
+from numerics import cases, needs_native
+from persistent import EVERY
+from torch._subclasses.fake_tensor import FakeTensorMode
+from twins import name_of
+
+import fused_rnn
+from fused_rnn import autograd, backends, wavefront
+from fused_rnn.cells import CELLS, carry_dtype
+from fused_rnn.plan import ALGORITHMS, KNOWN_DEVICES, plan
+
+pytestmark = needs_native
+
+OWN = tuple(wavefront.BITS)
+H200 = KNOWN_DEVICES["H200"]
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    """The ops on the emulator, whose GPU has clusters of two blocks alone."""
+    if build.compiler() is None:
+        pytest.skip("there is no C++ compiler to compile the emulator")
+    ops = build.ops()
+    build.clusters(*(n * (i == 1) for i, n in enumerate(EVERY)))
+    build.sms(6)
+    yield ops
+    build.clusters(*EVERY)
+    build.sms(EVERY[0])
+
+
+def make_stack(
+    cell, dtype, *, layers=3, shape=(7, 3, 33), reverse=False, dropout=False, control=True
+):
+    """``x``, the operands of each layer by name, and the masks below all but the first."""
+    T, N, H = shape
+    gates, has_c = CELLS[cell].gates * H, CELLS[cell].states == 2
+
+    def layer(width):
+        def draw(*size):
+            return ((torch.rand(size) * 2 - 1) / size[-1] ** 0.5).to(dtype)
+
+        own = {"w_ih": draw(gates, width), "w_hh": draw(gates, H), "reverse": reverse}
+        own |= {"b_ih": draw(gates), "b_hh": draw(gates), "h0": draw(N, H), "c0": None}
+        if has_c:
+            own["c0"] = draw(N, H).to(carry_dtype(dtype))
+        if control:
+            own["control"] = torch.randint(8, (T, N), dtype=torch.uint8)
+            own["h_mask"] = (torch.rand(N, H) < 0.7).to(dtype) / 0.7
+            own["keep"] = (torch.rand(T, N, H * (1 + has_c)) < 0.3).byte()
+        return own
+
+    passed = [(torch.rand(T, N, H) < 0.7).byte() for _ in range(layers - 1)] if dropout else []
+    return torch.randn(T, N, 5).to(dtype), [layer(H if i else 5) for i in range(layers)], passed
+
+
+def by_layers(cell, x, layers, passed, *, library, algorithm):
+    """One call of the op ``layer`` after the other."""
+    found = []
+    for i, given in enumerate(layers):
+        own = {name: y for name, y in given.items() if name not in ("w_hh", "b_hh", "h0", "c0")}
+        if i and passed:
+            wide = carry_dtype(x.dtype)
+            x = (x.to(wide) * passed[i - 1] * torch.tensor(1 / 0.7, dtype=wide)).to(x.dtype)
+        operands = (x, given["w_hh"], given["b_hh"], given["h0"], given["c0"])
+        found.append(autograd.layer(cell, *operands, **own, library=library, algorithm=algorithm))
+        x = found[-1][0]
+    return found
+
+
+def results_of(run, cell, stack, device="cpu"):
+    """The last h and c, the states of all layers, and all gradients, by name."""
+    x, layers, passed = stack
+
+    def leaf(y):
+        if not isinstance(y, torch.Tensor):
+            return y
+        return y.detach().clone().to(device).requires_grad_(y.is_floating_point())
+
+    x, passed = leaf(x), [mask.to(device) for mask in passed]
+    layers = [{name: leaf(y) for name, y in own.items()} for own in layers]
+    found = run(CELLS[cell], x, layers, passed)
+    h, c = found[-1][:2]
+    outputs = {"h": h, "c": c} | {f"h_n {i}": y[2] for i, y in enumerate(found)}
+    outputs |= {f"c_n {i}": y[3] for i, y in enumerate(found)}
+    outputs = {name: y for name, y in outputs.items() if y is not None}
+    torch.manual_seed(5)
+    grads = [torch.randn(y.shape).to(y) for y in outputs.values()]
+    torch.autograd.backward(list(outputs.values()), grads)
+    gradients = {"dx": x.grad} | {
+        f"d{name} {i}": y.grad
+        for i, own in enumerate(layers)
+        for name, y in own.items()
+        if isinstance(y, torch.Tensor) and y.grad is not None
+    }
+    return {name: y.detach().cpu() for name, y in (outputs | gradients).items()}
+
+
+def assert_same_bits(found, expected):
+    assert found.keys() == expected.keys()
+    for name, y in expected.items():
+        assert torch.equal(found[name], y), name
+
+
+def run_stack(chunks, *, side_by_side=True, library=None, algorithm=0):
+    """``run`` for :func:`results_of`, by the op ``stack``."""
+
+    def run(cell, x, layers, passed):
+        how = {"chunks": chunks, "side_by_side": side_by_side}
+        how |= {"scale": 1 / 0.7, "library": library, "algorithm": algorithm}
+        return wavefront.wavefront(cell, x, layers, passed=passed, **how)
+
+    return run
+
+
+@cases(
+    lambda algorithm, dtype, **_: algorithm == "stepwise" or dtype is not torch.float64,
+    cell=CELLS,
+    algorithm=ALGORITHMS,
+    dtype=(torch.bfloat16, torch.float16, torch.float64),
+    layers=(1, 2, 3),
+    reverse=(False, True),
+    dropout=(False, True),
+    control=(False, True),
+)
+def test_the_same_bits_as_one_layer_after_the_other(case, emulated):
+    case = dict(case)
+    number = ALGORITHMS.index(case.pop("algorithm")) + 1
+    stack, by = make_stack(**case), {"library": emulated, "algorithm": number}
+    build.seed(0)
+    expected = results_of(functools.partial(by_layers, **by), case["cell"], stack)
+    for seed, chunks in enumerate([(0, 0), (2, 3), (1, 1), (7, 2), (4, 0), (100, 100)]):
+        build.seed(seed)
+        assert_same_bits(results_of(run_stack(chunks, **by), case["cell"], stack), expected)
+
+
+def test_layers_run_beside_those_below_them(emulated):
+    stack = make_stack("gru", torch.bfloat16)
+    by = {"library": emulated, "algorithm": 1 + ALGORITHMS.index("cluster")}
+    build.cluster_launches()
+    for side_by_side in (False, True):
+        build.overlaps()
+        results_of(run_stack((2, 3), side_by_side=side_by_side, **by), "gru", stack)
+        # Chunks of 2 of 7 steps forward, of 3 back, of each of three layers.
+        assert build.cluster_launches() == 3 * 4 + 3 * 3
+        assert (build.overlaps() > 0) == side_by_side
+
+
+def test_every_order_of_the_layers_gives_the_same_bits(emulated):
+    stack = make_stack("lstm", torch.bfloat16, dropout=True)
+    by = {"library": emulated, "algorithm": 1 + ALGORITHMS.index("cluster")}
+    overlaps = set()
+    found = []
+    for seed in range(8):
+        build.seed(seed)
+        build.overlaps()
+        found.append(results_of(run_stack((2, 2), **by), "lstm", stack))
+        overlaps.add(build.overlaps())
+        assert_same_bits(found[-1], found[0])
+    assert len(overlaps) > 2  # the orders did differ
+
+
+# Modules
+
+
+@pytest.fixture
+def waves(emulated, monkeypatch):
+    """The CPU's backend with stacks as the GPU's has them, on the emulator."""
+    calls = []
+
+    def counted(*arguments, **keywords):
+        calls.append(keywords)
+        return wavefront.wavefront(*arguments, **keywords)
+
+    monkeypatch.setattr(autograd, "ops", emulated)
+    monkeypatch.setattr(backends.cpu, "wavefront", counted, raising=False)
+    monkeypatch.setattr(backends.cpu, "chunks", lambda *_: (2, 3), raising=False)
+    monkeypatch.delattr(backends.cpu, "plain_layer")  # which a GPU's backend has not
+    return calls
+
+
+FORMS = {
+    "dropout": {"dropout": 0.5},
+    "regularised": {"dropout": 0.3, "recurrent_dropout": 0.3, "weight_dropout": 0.2},
+    "zoneout": {"zoneout": 0.2},
+    "learned": {"learn_initial_state": True},
+    "reverse": {"direction": "reverse"},
+    "batch first": {"batch_first": True, "bias": False},
+    "ragged": {},
+    "reset": {},
+    "tbptt": {},
+    "cells": {},
+    "reset to learned": {"learn_initial_state": True},
+    "all dropped": {"dropout": 1.0},
+}
+# Rows of episodes lie anywhere; what is left of nothing has no scale.
+BY_LAYERS = {"reset to learned", "all dropped"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["lstm", "rnn_relu"])
+@pytest.mark.parametrize("layers", [2, 3])
+def test_modules_run_it_where_the_backend_has_it(kind, form, layers, waves, monkeypatch):
+    if form == "cells" and kind != "lstm":
+        pytest.skip("only an LSTM has cell states")
+    name, extra = name_of(kind)
+    options = {"num_layers": layers, "dtype": torch.float64, "backend": "cpu"} | FORMS[form]
+    module = getattr(fused_rnn, name)(4, 5, **extra, **options)
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+    call = {
+        "ragged": {"lengths": torch.tensor([2, 6, 0])},
+        "reset": {"reset": torch.rand(6, 3) < 0.3},
+        "reset to learned": {"reset": torch.rand(6, 3) < 0.3},
+        "tbptt": {"tbptt": 2},
+        "cells": {"return_cell_states": True},
+    }.get(form, {})
+
+    def results():
+        inputs = x.clone().requires_grad_()
+        torch.manual_seed(7)
+        output, states, *cells = module(inputs, **call)
+        found = [output, *cells, *(states if isinstance(states, tuple) else (states,))]
+        loss = sum(y.square().sum() for y in found)
+        return found + list(torch.autograd.grad(loss, [inputs, *module.parameters()]))
+
+    one = results()
+    assert len(waves) == (0 if form in BY_LAYERS else 1)
+    monkeypatch.delattr(backends.cpu, "chunks")
+    for place, (a, b) in enumerate(zip(one, results(), strict=True)):
+        assert torch.equal(a, b), place
+    assert len(waves) <= 1
+
+
+def test_inference_and_autocast(waves, monkeypatch):
+    module = fused_rnn.LSTM(4, 5, num_layers=2, dropout=0.5, backend="cpu").eval()
+    x = torch.randn(6, 3, 4)
+
+    def results():
+        with torch.no_grad():
+            plain = module(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = module(x)
+        return [plain[0], *plain[1], low[0], *low[1]]
+
+    one = results()
+    assert len(waves) == 2
+    monkeypatch.delattr(backends.cpu, "chunks")
+    for a, b in zip(one, results(), strict=True):
+        assert (a.dtype, a.tolist()) == (b.dtype, b.tolist())
+
+
+def test_frozen_weights_have_no_gradient(emulated):
+    x, layers, _ = make_stack("gru", torch.float64, layers=2, shape=(3, 2, 5))
+    layers[0]["w_hh"].requires_grad_()
+    found = wavefront.wavefront(CELLS["gru"], x, layers, chunks=(2, 2), library=emulated)
+    found[-1][0].sum().backward()
+    has = [
+        name for own in layers for name, y in own.items() if getattr(y, "grad", None) is not None
+    ]
+    assert has == ["w_hh"]
+    assert layers[0]["w_hh"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_second_derivatives(dropout, emulated):
+    shape = (3, 1, 2)
+    x, layers, passed = make_stack(
+        "lstm", torch.float64, layers=2, shape=shape, dropout=dropout, control=False
+    )
+    names = ("w_ih", "w_hh", "b_hh", "h0", "c0")
+    own = [given[name].requires_grad_() for given in layers for name in names]
+
+    def outputs(x, *operands):
+        given = [dict(zip(names, operands[i : i + 5], strict=True)) for i in (0, 5)]
+        how = {"passed": passed, "scale": 2.0, "chunks": (2, 2), "library": emulated}
+        found = wavefront.wavefront(CELLS["lstm"], x, given, **how)
+        return tuple(y for results in found for y in results if y is not None)
+
+    inputs = (x.requires_grad_(), *own)
+    assert torch.autograd.gradcheck(outputs, inputs)
+    assert torch.autograd.gradgradcheck(outputs, inputs)
+
+
+# The ops
+
+
+def arguments(emulated, dropout=True):
+    """Of the op and, from its results, of its backward."""
+    x, layers, passed = make_stack(
+        "lstm", torch.float32, layers=2, shape=(3, 2, 8), dropout=dropout
+    )
+    operands = [own.get(name) for own in layers for name in OWN]
+    forward = [CELLS["lstm"].id, x, operands, passed, 2.0, False, True, 2, True, 0, False]
+    results = emulated.stack(*forward)
+    h, c, h_n, c_n = results[7:11]
+    grads = [None, None, results[3], results[4], h, c, h_n, c_n]
+    kept = [results[6 * i + place] for i in (0, 1) for place in (0, 1, 2, 5)]
+    backward = [CELLS["lstm"].id, [63, 2], grads, kept, x, operands, passed, 2.0]
+    return forward, [*backward, False, 2, True, 0, False]
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_fakes_agree_with_the_ops(dropout, emulated):
+    forward, backward = arguments(emulated, dropout)
+    inference = [*forward[:6], False, *forward[7:]]
+    names = ("stack", "stack", "stack_backward")
+    for name, inputs in zip(names, (forward, inference, backward), strict=True):
+        real = getattr(emulated, name)(*inputs)
+        with FakeTensorMode() as mode:
+            given = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+            fake = getattr(torch.ops.fused_rnn, name)(*given)
+        for place, (a, b) in enumerate(zip(real, fake, strict=True)):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), place
+
+
+def change(place, value):
+    def changed(given):
+        given[place] = value(given[place])
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (change(2, lambda own: own[:-1]), "a layer of a stack is w_ih"),
+        (change(2, lambda own: [None, *own[1:]]), "needs w_ih and w_hh"),
+        (change(2, lambda own: [*own[:13], own[13][1:], *own[14:]]), "b_hh has size"),
+        (change(2, lambda own: [*own[:10], own[10][:, 1:], *own[11:]]), "w_ih has size"),
+        (change(3, lambda masks: masks * 2), "passed is empty or has a mask"),
+        (change(3, lambda masks: [masks[0].bool()]), "passed has another dtype"),
+        (change(7, lambda _: -1), "chunk must not be negative"),
+        (change(9, lambda _: 9), "no algorithm 9"),
+    ],
+)
+def test_wrong_operands_are_refused_in_a_sentence(changed, words, emulated):
+    forward, _ = arguments(emulated)
+    changed(forward)
+    with pytest.raises(RuntimeError, match=f"fused_rnn: .*{words}"):
+        emulated.stack(*forward)
+
+
+def test_only_the_last_layer_has_an_outputs_gradient(emulated):
+    _, backward = arguments(emulated)
+    backward[2] = [backward[2][4], *backward[2][1:]]
+    with pytest.raises(RuntimeError, match="only the last layer of a stack has an output"):
+        emulated.stack_backward(*backward)
+
+
+def test_the_cpu_runs_no_stacks(emulated):
+    forward, _ = arguments(emulated)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        torch.ops.fused_rnn.stack(*forward)
+
+
+# The plan
+
+
+def wave(N, H, layers, cell="lstm", T=1024, **options):
+    options = {"algorithm": "cluster", "device": H200, "layers": layers} | options
+    return plan(cell, torch.bfloat16, T, N, H, **options)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_layers_run_side_by_side_where_clusters_have_room(backward):
+    one, two, four = (wave(16, 512, layers, backward=backward) for layers in (1, 2, 4))
+    assert (one.chunk, one.stack_us) == (0, one.setup_us + 1024 * one.us_per_step)
+    # One launch's clusters leave room for two more layers' at least.
+    assert 3 * one.tiles <= H200.clusters[4]
+    assert 0 < two.chunk < 1024
+    assert 1.5 < 2 * one.stack_us / two.stack_us < 2
+    assert 1.5 < 4 * one.stack_us / four.stack_us < 4
+    assert "side by side" in str(two)
+    assert "side by side" not in str(one)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"N": 128},  # clusters for a second layer are not there
+        {"directions": 2},  # the layer above needs both ends
+        {"algorithm": "grid"},  # which fills the chip
+        {"algorithm": "stepwise"},
+        {"T": 1},
+        {"T": 4},  # the launches would cost more
+    ],
+    ids=str,
+)
+def test_elsewhere_one_layer_after_the_other(other):
+    found = wave(**{"N": 16, "H": 512, "layers": 2} | other)
+    assert found.chunk == 0
+    assert found.stack_us == 2 * (found.setup_us + other.get("T", 1024) * found.us_per_step)
+
+
+def test_no_layer_is_refused():
+    with pytest.raises(ValueError, match="at least one layer"):
+        wave(16, 512, 0)
+
+
+def problem_of(**changed):
+    problem = backends.Problem(
+        "lstm", torch.bfloat16, "cuda", 1024, 16, 512, 512, 0, 2, 1, True, False, False
+    )
+    return problem._replace(**changed)
+
+
+def test_the_gpus_backend_has_it_and_explains_it(monkeypatch):
+    cuda = backends.cuda
+    monkeypatch.setattr(cuda, "describe", lambda _: H200)
+    cuda._chunks.cache_clear()
+    assert cuda.wavefront is wavefront.wavefront
+    plans = [wave(16, 512, 2, backward=b).chunk for b in (False, True)]
+    assert cuda.chunks(problem_of(), "cluster") == tuple(plans)
+    assert cuda.chunks(problem_of(grad=False), "cluster") == (plans[0], 0)
+    for changed in (
+        {"layers": 1}, {"directions": 2}, {"packed": True}, {"compiling": True}, {"vmapped": True},
+        {"transformed": True}, {"options": ("recompute",)}, {"T": 0},
+    ):  # fmt: skip
+        assert cuda.chunks(problem_of(**changed), "cluster") == (0, 0), changed
+    # By itself the device still chooses stepwise.
+    assert cuda.chunks(problem_of(), "auto") == (0, 0)
+    text = cuda.explain(problem_of(), "cluster")
+    assert len(re.findall(r"2 layers, on H200.*\n(?:.*\n)*?.*side by side, \d+ steps", text)) == 2
+    cuda._chunks.cache_clear()
+
+
+# A GPU
+
+
+@pytest.mark.skipif(MISSING_GPU is not None, reason=f"needs a GPU: {MISSING_GPU}")
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("algorithm", ["stepwise", "cluster"])
+def test_on_gpu_streams_give_the_same_bits(algorithm, dropout):
+    if algorithm == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU is before sm_90")
+    stack = make_stack("lstm", torch.bfloat16, shape=(96, 16, 256), dropout=dropout)
+    by = {"algorithm": 1 + ALGORITHMS.index(algorithm)}
+    apart = run_stack((16, 24), side_by_side=False, **by)
+    expected = results_of(apart, "lstm", stack, "cuda")
+    for _ in range(20):
+        assert_same_bits(results_of(run_stack((16, 24), **by), "lstm", stack, "cuda"), expected)
+
+
+@pytest.mark.skipif(MISSING_GPU is not None, reason=f"needs a GPU: {MISSING_GPU}")
+@pytest.mark.parametrize("algorithm", ["stepwise", "cluster", "grid"])
+def test_on_gpu_a_stack_replays_in_a_graph(algorithm):
+    if algorithm == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU is before sm_90")
+    x, layers, passed = make_stack("gru", torch.bfloat16, shape=(64, 16, 256), dropout=True)
+    x, passed = x.cuda().requires_grad_(), [mask.cuda() for mask in passed]
+    layers = [
+        {name: y.cuda() if isinstance(y, torch.Tensor) else y for name, y in own.items()}
+        for own in layers
+    ]
+    run = run_stack((16, 16), algorithm=1 + ALGORITHMS.index(algorithm))
+
+    def step():
+        h = run(CELLS["gru"], x, layers, passed)[-1][0]
+        return h, torch.autograd.grad(h.float().square().sum(), x)[0]
+
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        step()
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b)
