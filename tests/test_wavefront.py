@@ -168,6 +168,22 @@ def test_every_order_of_the_layers_gives_the_same_bits(emulated):
     assert len(overlaps) > 2  # the orders did differ
 
 
+def test_streams_are_used_again_but_not_while_a_graph_is_captured_of_them(emulated):
+    stack = make_stack("gru", torch.float64, shape=(4, 2, 5))
+
+    def streams_after(calls):
+        for _ in range(calls):
+            results_of(run_stack((1, 1), library=emulated), "gru", stack)
+        return build.streams()
+
+    count = streams_after(1)
+    assert streams_after(3) == count
+    assert build.streams(captured=True) == count
+    results_of(run_stack((1, 0), library=emulated), "gru", stack)
+    assert build.streams() == count + 3  # of three layers; free again from here on
+    assert streams_after(3) == count + 3
+
+
 # Modules
 
 

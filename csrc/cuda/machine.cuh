@@ -15,7 +15,7 @@
 
 #include "cuda/describe.h"
 #include "cuda/layer.cuh"
-#include "cuda/side_stream.cuh"
+#include "cuda/streams.cuh"
 #include "ops.h"
 
 namespace fused_rnn::cuda {
@@ -58,57 +58,47 @@ class CudaMachine {
   const Tensor& like_;
   const bool tf32_;
   torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t torchs_ = nullptr, stream_ = nullptr;  // stream_: where everything goes now
   void* blas_ = nullptr;
   std::vector<Tensor> memory_;     // torch frees it in the order of its stream
-  std::vector<SideStream> sides_;  // of the layers, between fork and join
-  size_t side_ = 0;
+  std::vector<void*> workspaces_;  // cuBLAS', of each layer between fork and join
+  Streams streams_;                // gone before memory is
+
+  static cudaStream_t torchs_stream(int device) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    return static_cast<cudaStream_t>(stream);
+  }
+  // What cuBLAS' documentation recommends.
+  size_t workspace_bytes() const { return size_t(gpu().capability >= 90 ? 32 : 4) << 20; }
 
  public:
   CudaMachine(const Tensor& like, bool tf32)
-      : like_(like), tf32_(tf32), guard_(like.get_device_index()) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
-    torchs_ = stream_ = static_cast<cudaStream_t>(stream);
-  }
-  // After an exception, too, memory goes back to torch behind what the other streams still do.
-  ~CudaMachine() {
-    try {
-      join();
-    } catch (const std::exception&) {  // the one on its way says more
-    }
-  }
-  CudaMachine(const CudaMachine&) = delete;
+      : like_(like),
+        tf32_(tf32),
+        guard_(like.get_device_index()),
+        streams_(like.get_device_index(), torchs_stream(like.get_device_index())) {}
 
   void fork(int layers) {
-    // What cuBLAS' documentation recommends; of each, since products run at the same time.
-    const size_t workspace = gpu().capability >= 90 ? size_t(32) << 20 : size_t(4) << 20;
-    for (int i = 0; i < layers; ++i) {
-      sides_.emplace_back(like_.get_device_index(), memory<char>(int64_t(workspace)), workspace);
-      sides_.back().wait_for(torchs_);
-    }
+    for (int i = 0; i < layers; ++i)
+      workspaces_.push_back(memory<char>(int64_t(workspace_bytes())));
+    streams_.fork(layers);
   }
+  // Products at the same time need a workspace each.
   void on(int layer) {
-    side_ = size_t(layer);
-    stream_ = sides_[side_].stream();
     static const auto set_stream = cublas::find<cublas::SetStream>("cublasSetStream_v2");
     static const auto set_workspace = cublas::find<cublas::SetWorkspace>("cublasSetWorkspace_v2");
-    int status = set_stream(handle(), stream_);
-    if (!status) status = set_workspace(handle(), sides_[side_].workspace, sides_[side_].bytes);
+    streams_.on(layer);
+    int status = set_stream(handle(), streams_.current());
+    if (!status) status = set_workspace(handle(), workspaces_[size_t(layer)], workspace_bytes());
     STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to another stream");
   }
-  void begin(int64_t step) {
-    if (!sides_.empty() && side_ > 0) sides_[side_ - 1].let_wait(stream_, step);
-  }
-  void end(int64_t step) {
-    if (!sides_.empty()) sides_[side_].mark(step);
-  }
+  void begin(int64_t step) { streams_.begin(step); }
+  void end(int64_t step) { streams_.end(step); }
   // Torch gives cuBLAS its own stream and workspace whenever it takes the handle.
   void join() {
-    for (SideStream& side : sides_) side.let_wait(torchs_);
-    sides_.clear();
-    stream_ = torchs_;
+    streams_.join();
     blas_ = nullptr;
+    workspaces_.clear();
     forget();
   }
 
@@ -124,7 +114,7 @@ class CudaMachine {
 
   // What memory() has given so far is no longer used.
   void forget() {
-    if (sides_.empty()) memory_.clear();
+    if (!streams_.forked()) memory_.clear();
   }
 
   template <class Kernel, class... Args>
@@ -133,7 +123,7 @@ class CudaMachine {
     constexpr int64_t kMostRows = 65535;  // of a grid in y
     const dim3 grid(unsigned((units + kThreads - 1) / kThreads),
                     unsigned(rows < kMostRows ? rows : kMostRows));
-    kernel<<<grid, kThreads, 0, stream_>>>(args...);
+    kernel<<<grid, kThreads, 0, streams_.current()>>>(args...);
     check(cudaGetLastError(), "a kernel was not launched");
   }
 
@@ -158,14 +148,14 @@ class CudaMachine {
     launch.gridDim = dim3(unsigned(team * clusters));
     launch.blockDim = dim3(unsigned(threads));
     launch.dynamicSmemBytes = size_t(bytes);
-    launch.stream = stream_;
+    launch.stream = streams_.current();
     launch.attrs = &cluster;
     launch.numAttrs = team > 1;  // before sm_90 there are no clusters
     check(cudaLaunchKernelEx(&launch, kernel, argument), "a kernel was not launched");
   }
 
   void clear(void* memory, int64_t bytes) {
-    check(cudaMemsetAsync(memory, 0, size_t(bytes), stream_), "memory not cleared");
+    check(cudaMemsetAsync(memory, 0, size_t(bytes), streams_.current()), "memory not cleared");
   }
 
   // Blocks that wait for each other: all run at the same time, or CUDA refuses.
@@ -182,7 +172,7 @@ class CudaMachine {
     launch.gridDim = dim3(unsigned(blocks));
     launch.blockDim = dim3(unsigned(threads));
     launch.dynamicSmemBytes = size_t(bytes);
-    launch.stream = stream_;
+    launch.stream = streams_.current();
     launch.attrs = &together;
     launch.numAttrs = 1;
     check(cudaLaunchKernelEx(&launch, kernel, argument), "a kernel was not launched");

@@ -161,6 +161,13 @@ def overlaps() -> int:
     return int(count())
 
 
+def streams(*, captured: bool = False) -> int:
+    """How many streams there are; from now on graphs are captured of all of them, or of none."""
+    count = ctypes.CDLL(str(library())).fused_rnn_emulator_streams
+    count.restype = ctypes.c_int64
+    return int(count(ctypes.c_int(captured)))
+
+
 def sms(count: int) -> None:
     """Say how many SMs the emulated GPU has."""
     ctypes.CDLL(str(library())).fused_rnn_emulator_sms(ctypes.c_int64(count))

@@ -3,11 +3,8 @@
 // sums in double: cuBLAS' rounding is not what is tested.
 #include <string.h>
 
-#include <deque>
-#include <functional>
 #include <map>
 #include <memory>
-#include <set>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -15,8 +12,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/device.cuh"
+#include "cuda/streams.cuh"
+#include "cuda_runtime.h"
 #include "emulator.h"
-#include "machine.h"
 #include "schemas.h"
 
 namespace fused_rnn::cuda {
@@ -44,26 +42,22 @@ class EmulatedMachine {
     void *outside, *inside;
     size_t bytes;
   };
-  struct Work {
-    std::function<bool()> can_run;
-    std::function<void()> run;
-  };
-  using Chunk = std::pair<size_t, int64_t>;  // of a layer, by its first step
-
   std::vector<std::unique_ptr<emulator::Allocation>> memory_;
   std::vector<Loan> written_;
   std::map<std::pair<const void*, size_t>, void*> lent_;
   size_t borrowed_ = 0;  // of memory_, the first ones
   bool tf32_;
-  std::vector<std::deque<Work>> sides_;  // what each layer still has to do
-  size_t side_ = 0;
-  std::set<Chunk> ended_;
+  Streams streams_;
+  std::vector<cudaStream_t> layers_;  // streams of, between fork and join
 
-  // At once, or between fork and join when its layer's turn comes.
-  template <class Run>
-  void do_in_order(Run run) {
-    if (sides_.empty()) return run();
-    sides_[side_].push_back({[] { return true; }, run});
+  // As torch's, it is there before and after the call.
+  static cudaStream_t torchs_stream() {
+    static cudaStream_t stream = nullptr;
+    if (!stream) check(cudaStreamCreateWithFlags(&stream, 0), "no stream");
+    return stream;
+  }
+  void synchronize() {
+    STD_TORCH_CHECK(emulator::synchronize(seed), "emulator: streams wait for each other");
   }
 
   void* take(const char* name, size_t bytes) {
@@ -74,7 +68,7 @@ class EmulatedMachine {
   template <class... Parameters, class... Args>
   void run(emulator::Launch launch, void (*kernel)(Parameters...), const Args&... args) {
     launch.seed = seed;
-    do_in_order([=] {
+    streams_.current()->push([=] {
       const emulator::Report report = emulator::run(launch, kernel, args...);
       STD_TORCH_CHECK(report.ok(), "emulator: ", report.text());
     });
@@ -92,7 +86,11 @@ class EmulatedMachine {
   }
 
  public:
-  explicit EmulatedMachine(bool tf32 = false) : tf32_(tf32) {}
+  explicit EmulatedMachine(bool tf32 = false) : tf32_(tf32), streams_(0, torchs_stream()) {}
+  // After an exception nobody wants the results.
+  ~EmulatedMachine() {
+    for (const auto& stream : emulator::streams()) stream->work.clear();
+  }
 
   // Puts a copy in place of what `pointer` points at, where the emulator sees every access. What
   // layers share they share there, too.
@@ -113,6 +111,7 @@ class EmulatedMachine {
     pointer = static_cast<P*>(inside);
   }
   void give_back() {
+    synchronize();
     for (const Loan& loan : written_) memcpy(loan.outside, loan.inside, loan.bytes);
   }
 
@@ -122,43 +121,27 @@ class EmulatedMachine {
   }
 
   void forget() {
-    if (sides_.empty()) memory_.resize(borrowed_);
+    if (streams_.forked()) return;
+    synchronize();
+    memory_.resize(borrowed_);
   }
 
-  // Streams: each does its work in order, and the seed chooses whose turn it is.
-  void fork(int layers) { sides_.resize(size_t(layers)); }
-  void on(int layer) { side_ = size_t(layer); }
-  void begin(int64_t step) {
-    if (sides_.empty() || side_ == 0) return;
-    const Chunk before{side_ - 1, step};
-    sides_[side_].push_back({[this, before] { return ended_.contains(before); }, [] {}});
+  void fork(int layers) { streams_.fork(layers); }
+  void on(int layer) {
+    streams_.on(layer);
+    layers_.resize(size_t(layer));
+    layers_.push_back(streams_.current());
   }
+  void begin(int64_t step) { streams_.begin(step); }
   void end(int64_t step) {
-    if (sides_.empty()) return;
-    const Chunk chunk{side_, step};
-    do_in_order([this, chunk] {
-      ended_.insert(chunk);
-      overlaps += chunk.first > 0 && !sides_[chunk.first - 1].empty();
-    });
+    streams_.end(step);
+    if (layers_.size() > 1)
+      layers_.back()->push(
+          [before = layers_[layers_.size() - 2]] { overlaps += !before->work.empty(); });
   }
   void join() {
-    emulator::Random random(seed);
-    const bool eager = random.one_in(2);  // the last layer goes on as soon as it can
-    while (true) {
-      std::vector<std::deque<Work>*> ready;
-      bool done = true;
-      for (std::deque<Work>& side : sides_) {
-        done = done && side.empty();
-        if (!side.empty() && side.front().can_run()) ready.push_back(&side);
-      }
-      if (done) break;
-      STD_TORCH_CHECK(!ready.empty(), "emulator: the layers wait for each other");
-      std::deque<Work>& next = eager ? *ready.back() : *ready[random.below(ready.size())];
-      next.front().run();
-      next.pop_front();
-    }
-    sides_.clear();
-    ended_.clear();
+    streams_.join();
+    layers_.clear();
     forget();
   }
 
@@ -188,12 +171,12 @@ class EmulatedMachine {
     launch_blocks(kernel, blocks, 1, threads, bytes, argument);
   }
   void clear(void* memory, int64_t bytes) {
-    do_in_order([=] { memset(memory, 0, size_t(bytes)); });
+    streams_.current()->push([=] { memset(memory, 0, size_t(bytes)); });
   }
 
   template <class T, class Out>
   void multiply(Sizes s, const T* a, const T* b, Out* out) {
-    do_in_order([=, tf32 = tf32_] { multiply_now(s, a, b, out, tf32); });
+    streams_.current()->push([=, tf32 = tf32_] { multiply_now(s, a, b, out, tf32); });
   }
 
  private:
@@ -414,6 +397,12 @@ extern "C" __attribute__((visibility("default"))) void fused_rnn_emulator_cluste
 // Chunks that layers of a stack ended beside the layers before them, since the last time.
 extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_emulator_overlaps() {
   return std::exchange(fused_rnn::cuda::overlaps, 0);
+}
+
+// How many streams there are, and whether graphs are being captured of them.
+extern "C" __attribute__((visibility("default"))) int64_t fused_rnn_emulator_streams(int captures) {
+  for (const auto& stream : fused_rnn::emulator::streams()) stream->captures = captures;
+  return int64_t(fused_rnn::emulator::streams().size());
 }
 
 STABLE_TORCH_LIBRARY(fused_rnn_emulated, library) {

@@ -1,4 +1,5 @@
-// Streams beside torch's own, for layers of a stack that run at the same time.
+// Streams beside torch's own, for layers of a stack that run at the same time. Tests run this over
+// a run time of their own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -64,46 +65,58 @@ inline Event record(cudaStream_t stream) {
   return owned;
 }
 
-class SideStream {
-  int device_;
-  cudaStream_t stream_;
-  std::vector<std::pair<int64_t, Event>> marks_;  // by the first step of a chunk
+// The streams of a call: torch's, and between fork and join one for each layer.
+class Streams {
+  struct Side {
+    cudaStream_t stream;
+    std::vector<std::pair<int64_t, Event>> ended;  // chunks, by their first steps
+  };
+  const int device_;
+  const cudaStream_t torchs_;
+  std::vector<Side> sides_;
+  size_t layer_ = 0;
 
- public:
-  void* workspace;  // of cuBLAS
-  size_t bytes;
-
-  SideStream(int device, void* workspace, size_t bytes)
-      : device_(device),
-        stream_(FreeStreams::all().take(device)),
-        workspace(workspace),
-        bytes(bytes) {}
-  SideStream(SideStream&& other)
-      : device_(other.device_),
-        stream_(std::exchange(other.stream_, nullptr)),
-        marks_(std::move(other.marks_)),
-        workspace(other.workspace),
-        bytes(other.bytes) {}
-  ~SideStream() {
-    if (stream_) FreeStreams::all().give(device_, stream_);
-  }
-
-  cudaStream_t stream() const { return stream_; }
-  // Begins with what `other` has been given so far behind it.
-  void wait_for(cudaStream_t other) { let_wait(stream_, record(other)); }
-  void mark(int64_t step) { marks_.emplace_back(step, record(stream_)); }
-  // `other` goes on when the chunk has ended.
-  void let_wait(cudaStream_t other, int64_t step) const {
-    for (const auto& [first, event] : marks_)
-      if (first == step) return let_wait(other, event);
-    STD_TORCH_CHECK(false, "fused_rnn: the layers of a stack have different chunks");
-  }
-  // The same when all has.
-  void let_wait(cudaStream_t other) const { let_wait(other, record(stream_)); }
-
- private:
   static void let_wait(cudaStream_t waits, const Event& event) {
     check(cudaStreamWaitEvent(waits, event.get(), 0), "a stream does not wait");
+  }
+
+ public:
+  Streams(int device, cudaStream_t torchs) : device_(device), torchs_(torchs) {}
+  // After an exception, too, memory goes back to torch behind what the other streams still do.
+  ~Streams() {
+    try {
+      join();
+    } catch (const std::exception&) {  // the one on its way says more
+    }
+  }
+  Streams(const Streams&) = delete;
+
+  bool forked() const { return !sides_.empty(); }
+  // Where everything goes now.
+  cudaStream_t current() const { return forked() ? sides_[layer_].stream : torchs_; }
+
+  void fork(int layers) {
+    const Event so_far = record(torchs_);
+    sides_.reserve(size_t(layers));
+    for (int i = 0; i < layers; ++i) {
+      sides_.push_back({FreeStreams::all().take(device_), {}});
+      let_wait(sides_.back().stream, so_far);
+    }
+  }
+  void on(int layer) { layer_ = size_t(layer); }
+  void begin(int64_t step) {
+    if (!forked() || layer_ == 0) return;
+    for (const auto& [first, event] : sides_[layer_ - 1].ended)
+      if (first == step) return let_wait(current(), event);
+    STD_TORCH_CHECK(false, "fused_rnn: the layers of a stack have different chunks");
+  }
+  void end(int64_t step) {
+    if (forked()) sides_[layer_].ended.emplace_back(step, record(current()));
+  }
+  void join() {
+    for (const Side& side : sides_) let_wait(torchs_, record(side.stream));
+    for (const Side& side : sides_) FreeStreams::all().give(device_, side.stream);
+    sides_.clear();
   }
 };
 
