@@ -56,6 +56,7 @@ struct Layer {
   int64_t algorithm;       // that has to run, by its number in plan.h; 0: the device chooses
   bool tf32;               // float32 may be multiplied in TF32
   int64_t chunk;           // steps that may run before all others of the layer; 0: device's choice
+  int64_t layers;          // of its stack, which are planned together; 0: it is alone
   // In a stack, above dropout. Forward x is made of what is below, as the steps come.
   const void* below;      // io [M, I] or null
   const uint8_t* passed;  // [M, I] or null: 0 where an element was dropped

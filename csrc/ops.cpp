@@ -451,8 +451,10 @@ size_t layers_of(const Device& device, const std::vector<OptionalTensor>& operan
 }
 
 // What layer i has in a stack beside what it has alone. Keeps its mask alive in `operands`.
-void place_in_stack(const StackOptions& options, size_t i, Problem& problem, Layer& layer) {
+void place_in_stack(const StackOptions& options, size_t i, size_t layers, Problem& problem,
+                    Layer& layer) {
   layer.chunk = options.chunk;
+  layer.layers = int64_t(layers);
   if (i == 0 || options.passed.empty()) return;
   const Shape shape = problem.rows_of(problem.sizes.I);
   layer.passed = static_cast<const uint8_t*>(
@@ -475,7 +477,7 @@ std::vector<Tensor> run_stack(const Device& device, int64_t cell, const Tensor& 
     const Tensor own = drops ? torch::stable::empty_like(below) : below;
     calls.push_back(prepare(device, cell, layer_of(own, operands, i, options), save));
     all.push_back(calls[i].models[0]);
-    place_in_stack(options, i, calls[i].problem, all[i]);
+    place_in_stack(options, i, layers, calls[i].problem, all[i]);
     if (drops) all[i].below = below.const_data_ptr();
     results.push_back(drops ? own : allocate(x, {0}, x.scalar_type()));
     std::apply([&](const auto&... y) { (results.push_back(y), ...); }, calls[i].result);
@@ -510,7 +512,7 @@ std::vector<Tensor> run_stack_backward(const Device& device, int64_t cell,
                              {y[1], y[2], y[3]},
                              layer_of(below, operands, i, options)}));
     all.push_back(calls.back().models[0]);
-    place_in_stack(options, i, calls.back().problem, all.back());
+    place_in_stack(options, i, layers, calls.back().problem, all.back());
     STD_TORCH_CHECK(!all.back().dh_norm, "fused_rnn: a stack lacks dh_norm");
   }
   if (all[0].N > 0) device.backward_stack({all.data(), int(layers), options.side_by_side}, x);

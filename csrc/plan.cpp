@@ -93,7 +93,6 @@ struct Planner {
   std::string cannot_persist(bool exact) const;
   std::string cluster(Plan* best) const;
   std::string grid(Plan* best) const;
-  void stack(Plan* plan) const;
 
  private:
   // One way to cut the problem up: `team` CTAs hold W_hh, `active` teams fit the device.
@@ -122,6 +121,7 @@ struct Planner {
   GridCut cut_of_grid(const Cut& cut, GridShape shape, int64_t groups) const;
   void place_grid(const Cut& cut, Plan* plan) const;
   void predict(const Cut& cut, const Product& part, Plan* plan) const;
+  void predict_stack(const Cut& cut, Plan* plan) const;
   double exchanged_bytes(const Cut& cut, const Product& part, int64_t units) const;
   double product_cycles(const Product& part, int64_t k_split, int64_t columns) const;
   std::string misfit(const Plan& plan) const;
@@ -152,6 +152,7 @@ Plan Planner::stepwise() const {
   };
   // A GEMM reads while it multiplies.
   plan.us_per_step = plan.costs[0].us + std::max(plan.costs[1].us, plan.costs[2].us);
+  plan.stack_us = double(problem.layers) * plan.total_us(problem.T);
   return plan;
 }
 
@@ -228,6 +229,25 @@ void Planner::predict(const Cut& cut, const Product& part, Plan* plan) const {
   // A cluster of a later wave loads the weights again, a group of the grid keeps them.
   const double loads = double(plan->weight_bytes) * (grid ? 1 : plan->waves);
   plan->setup_us = double(launches) * (kKernelUs + loads / kL2BytesPerCycle * us);
+}
+
+// Layers side by side, where clusters have room for more than one layer's tiles: as many at a time
+// as there is room for, each a chunk behind the one before it.
+void Planner::predict_stack(const Cut& cut, Plan* plan) const {
+  const int64_t T = problem.T, layers = problem.layers;
+  const double one_by_one = double(layers) * plan->total_us(T);
+  plan->stack_us = one_by_one;
+  const int64_t at_once = std::min(layers, cut.active / plan->tiles);
+  if (cut.algorithm != Algorithm::kCluster || problem.directions > 1 || at_once < 2) return;
+  const int64_t rest = layers % at_once;
+  for (int64_t chunks = 2; chunks <= std::min(T, kMostChunks); ++chunks) {
+    const int64_t turns =
+        layers / at_once * (chunks + at_once - 1) + (rest ? chunks + rest - 1 : 0);
+    // A chunk's product with the weights of the input is one more kernel.
+    const int64_t chunk = ceil_div(T, chunks);
+    const double us = double(turns) * (kKernelUs + plan->total_us(chunk));
+    if (us < kTie * one_by_one && us < plan->stack_us) plan->chunk = chunk, plan->stack_us = us;
+  }
 }
 
 // `cluster` is built: cluster_layout.h says how.
@@ -322,6 +342,7 @@ Plan Planner::lay_out(const Cut& cut) const {
   else
     problem.backward ? place_backward(cut, &plan) : place_forward(cut, &plan);
   predict(cut, part, &plan);
+  predict_stack(cut, &plan);
   return plan;
 }
 
@@ -346,12 +367,14 @@ std::string Planner::misfit(const Plan& plan) const {
 
 void Planner::consider(const Cut& cut, Plan* best, Plan* nearest) const {
   const Plan plan = lay_out(cut);
+  // Side by side has to win clearly against any cut for one layer after the other.
+  const auto us = [](const Plan& p) { return p.chunk ? p.stack_us / kTie : p.stack_us; };
   if (!misfit(plan).empty()) {
     // Without weights there is no kernel for it: anything else is nearer.
     const bool nearer = nearest->weight_bytes == 0 ||
                         (plan.weight_bytes && plan.shared_bytes < nearest->shared_bytes);
     if (nearer) *nearest = plan;
-  } else if (best->ctas == 0 || plan.total_us(problem.T) < best->total_us(problem.T)) {
+  } else if (best->ctas == 0 || us(plan) < us(*best)) {
     *best = plan;
   }
 }
@@ -409,27 +432,6 @@ std::string Planner::grid(Plan* best) const {
   return verdict(*best, nearest);
 }
 
-// Layers side by side, where clusters have room for more than one layer's tiles: as many at a time
-// as there is room for, each a chunk behind the one before it.
-void Planner::stack(Plan* plan) const {
-  const int64_t T = problem.T, layers = problem.layers;
-  const double one_by_one = double(layers) * plan->total_us(T);
-  plan->stack_us = one_by_one;
-  if (plan->algorithm != Algorithm::kCluster || problem.directions > 1) return;
-  int index = 0;
-  while (int64_t(1) << index < plan->team) ++index;
-  const int64_t at_once = std::min(layers, device.clusters[index] / plan->tiles);
-  if (at_once < 2) return;
-  for (int64_t chunks = 2; chunks <= std::min(T, kMostChunks); ++chunks) {
-    const int64_t chunk = ceil_div(T, chunks), rest = layers % at_once;
-    const int64_t turns =
-        layers / at_once * (chunks + at_once - 1) + (rest ? chunks + rest - 1 : 0);
-    // A chunk's product with the weights of the input is one more kernel.
-    const double us = double(turns) * (kKernelUs + plan->total_us(chunk));
-    if (us < kTie * one_by_one && us < plan->stack_us) plan->chunk = chunk, plan->stack_us = us;
-  }
-}
-
 void check(const PlanProblem& problem, const Gpu& device) {
   const auto need = [](bool holds, const char* sentence) {
     if (!holds) throw std::invalid_argument(sentence);
@@ -461,9 +463,8 @@ Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::strin
   choice.plans[0] = planner.stepwise();
   choice.refusals[1] = planner.cluster(&choice.plans[1]);
   choice.refusals[2] = planner.grid(&choice.plans[2]);
-  for (Plan& plan : choice.plans) planner.stack(&plan);
 
-  const auto total = [&](int i) { return choice.plans[i].total_us(problem.T); };
+  const auto total = [&](int i) { return choice.plans[i].stack_us; };
   int runs = 0, fastest = 0, least = 0;
   for (int i = 1; i < 3; ++i) {
     if (!choice.refusals[i].empty()) continue;

@@ -49,6 +49,7 @@ Choice plan_layer(Directions<Args> directions, bool backward, const Gpu& gpu,
   problem.T = a.T, problem.N = a.N, problem.H = a.H, problem.P = a.w_hr ? a.R : 0;
   problem.backward = backward;
   problem.directions = directions.count;
+  problem.layers = a.layers ? a.layers : 1;
   return make_plan(problem, gpu, algorithm, true);
 }
 

@@ -56,6 +56,10 @@ class EmulatedMachine {
     if (!stream) check(cudaStreamCreateWithFlags(&stream, 0), "no stream");
     return stream;
   }
+  // On torch's stream, as what made the operands and what reads the results.
+  void copy(void* to, const void* from, size_t bytes) {
+    streams_.current()->push([=] { memcpy(to, from, bytes); });
+  }
   void synchronize() {
     STD_TORCH_CHECK(emulator::synchronize(seed), "emulator: streams wait for each other");
   }
@@ -105,14 +109,14 @@ class EmulatedMachine {
     inside = take(name, size_t(bytes));
     borrowed_ = memory_.size();
     if constexpr (std::is_const_v<P>)
-      memcpy(inside, pointer, size_t(bytes));
+      copy(inside, pointer, size_t(bytes));
     else
       written_.push_back({pointer, inside, size_t(bytes)});
     pointer = static_cast<P*>(inside);
   }
   void give_back() {
+    for (const Loan& loan : written_) copy(loan.outside, loan.inside, loan.bytes);
     synchronize();
-    for (const Loan& loan : written_) memcpy(loan.outside, loan.inside, loan.bytes);
   }
 
   template <class T>
