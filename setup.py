@@ -238,7 +238,7 @@ def write_ninja(path: Path) -> None:
         ]
         others = [
             compile_source(f"{name}.cpp", f"{Path(name).name}.o")
-            for name in ("ops", "norm_ops", "cpu/register")
+            for name in ("ops", "prepare", "norm_ops", "cpu/register")
         ]
         check = []
         if len(INSTRUCTION_SETS) > 1:
@@ -264,10 +264,10 @@ def write_ninja(path: Path) -> None:
         ]
         n.build("_C.so", "link", module, variables={"flags": " ".join(module_flags)})
         if why_no_cuda() is None:
-            write_cuda(n, torch, others[0])
+            write_cuda(n, torch, others[:2])
 
 
-def write_cuda(n: Any, torch: Path, ops: str) -> None:
+def write_cuda(n: Any, torch: Path, ops: list[str]) -> None:
     """The CUDA library. Its stream and cuBLAS handle come from torch's CUDA libraries, which a
     torch without CUDA lacks: it links there all the same, and loads where they are."""
     host_flags = ["-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
@@ -318,7 +318,7 @@ def write_cuda(n: Any, torch: Path, ops: str) -> None:
         )[0]
         for name, (source, define) in sources.items()
     ]
-    n.build("libfused_rnn_cuda.so", "link_cuda", [*objects, ops, "plan.o"])
+    n.build("libfused_rnn_cuda.so", "link_cuda", [*objects, *ops, "plan.o"])
 
 
 class NinjaBuild(build_ext):

@@ -148,11 +148,12 @@ def test_backward_gives_what_is_wanted_and_nothing_else(case):
 
 
 def test_every_op_is_checked():
-    """What the library registers is what the tests here, in test_bidirectional.py, in test_norm.py
-    and in test_step.py name."""
+    """What the library registers is what the tests here, in test_bidirectional.py, test_norm.py,
+    test_step.py and test_wavefront.py name."""
     names = {name for name in torch._C._dispatch_get_all_op_names() if "fused_rnn::" in name}
     expected = {"layer", "layer_backward", "step", "step_backward"}
     expected |= {"bidirectional", "bidirectional_backward", "norm_layer", "norm_layer_backward"}
+    expected |= {"stack", "stack_backward"}
     assert {name.split("::")[1] for name in names} == expected
 
 

@@ -122,7 +122,7 @@ def library() -> Path:
     flags = ["-O1", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     for folder in include_paths():
         flags += ["-isystem", folder]
-    shared_sources = [ROOT / "csrc" / name for name in ("ops.cpp", "plan.cpp")]
+    shared_sources = [ROOT / "csrc" / name for name in ("ops.cpp", "prepare.cpp", "plan.cpp")]
     sources = [*sorted(HERE.glob("*.cpp")), HERE / "ops" / "ops.cpp", *shared_sources]
     objects = _compile_all([(source, "library", flags) for source in sources])
     torch_folder = [f"-L{folder}" for folder in library_paths()]

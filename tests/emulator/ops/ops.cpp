@@ -3,6 +3,8 @@
 // sums in double: cuBLAS' rounding is not what is tested.
 #include <string.h>
 
+#include <algorithm>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <type_traits>
@@ -126,8 +128,11 @@ class EmulatedMachine {
 
   void forget() {
     if (streams_.forked()) return;
-    synchronize();
+    // Torch may use it again for what comes next on its stream.
+    auto freed = std::make_shared<decltype(memory_)>();
+    std::move(memory_.begin() + ptrdiff_t(borrowed_), memory_.end(), std::back_inserter(*freed));
     memory_.resize(borrowed_);
+    streams_.current()->push([freed] { freed->clear(); });
   }
 
   void fork(int layers) { streams_.fork(layers); }
