@@ -1,9 +1,9 @@
 """``make gpu-check``: all that a GPU is needed for, in one command, offline.
 
-Pieces, in this order: ``build``, ``test``, ``sanitize``, ``micro``, ``bench``, ``bench_triton``
-(``gpu_pieces.py`` says what each does). Each takes at most eight minutes and goes on where it was
-stopped: run the command again. All that is found stands in ``<out>/<device>/``, with a summary in
-``summary.md``. The exit status is 0 if every piece that ran passed.
+Pieces, in this order: ``build``, ``test``, ``sanitize``, ``micro``, ``stacks``, ``bench``,
+``bench_triton`` (``gpu_pieces.py`` says what each does). Each takes at most eight minutes and goes
+on where it was stopped: run the command again. All that is found stands in ``<out>/<device>/``,
+with a summary in ``summary.md``. The exit status is 0 if every piece that ran passed.
 """
 
 import argparse

@@ -6,6 +6,7 @@ build         the library with this Python's torch; also loads one that was buil
 test          the tests, what only a GPU shows first, a file at a time
 sanitize      compute-sanitizer's tools on a planted error, which each must find, and on every op
 micro         what synchronisation and launches cost here, the plan's constants
+stacks        layers side by side against one after the other
 bench         the grid: the CUDA kernels against torch.nn
 bench_triton  the grid: Triton's kernels against torch.nn
 ============  ===========================================================================
@@ -260,6 +261,15 @@ def micro(check: Check) -> Outcome:
     return Outcome("passed", f"{len(lines) - 1} rows")
 
 
+def stacks(check: Check) -> Outcome:
+    ended = check.command(
+        PYTHON, results.ROOT / "gpu_stacks.py", "--out", check.folder.parent, limit=240
+    )
+    counted = re.findall(r"^\d+ rows, \d+ wrong$", ended.output, re.MULTILINE)
+    said = f"{counted[-1] if counted else 'it counted no rows'} ({ended.how})"
+    return Outcome("passed" if ended.ok else "failed", said)
+
+
 def bench(check: Check, backend: str = "cuda") -> Outcome:
     seconds = min(BENCH_S, check.left - LEAST_S)
     options = ("--backends", backend, "--out", check.folder.parent, "--seconds", f"{seconds:.0f}")
@@ -313,5 +323,5 @@ def find_tool(name: str) -> str | None:
 
 
 PIECES: dict[str, Callable[[Check], Outcome]] = {
-    piece.__name__: piece for piece in (build, test, sanitize, micro, bench, bench_triton)
+    piece.__name__: piece for piece in (build, test, sanitize, micro, stacks, bench, bench_triton)
 }

@@ -17,6 +17,7 @@ from fused_rnn import autograd
 from fused_rnn.backends import triton
 from fused_rnn.cells import CELLS, Cell
 from fused_rnn.plan import ALGORITHMS, describe, plan
+from fused_rnn.wavefront import wavefront
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FORMS = ("plain", "control", "rows", "reverse", "projection")
@@ -34,6 +35,10 @@ def calls(device: str) -> Iterator[str]:
             for algorithm in algorithms(name, dtype, shape, form, device):
                 layer(cell, dtype, shape, form, device, algorithm)
                 yield f"{name}, {dtype}, {shape}, {form}, {algorithm}"
+        if device == "cuda":  # the CPU has no stacks
+            for algorithm in algorithms(name, dtype, shape, "stack", device):
+                stack(cell, dtype, shape, device, algorithm)
+                yield f"{name}, {dtype}, {shape}, stack, {algorithm}"
         step(cell, dtype, shape, device)
         yield f"{name}, {dtype}, {shape}, step"
 
@@ -98,6 +103,29 @@ def layer(
     options |= {"algorithm": algorithm, "library": library}
     outputs = autograd.layer(cell, *operands, c0, **more, **options)
     finish(outputs, [*operands, c0, *more.values()])
+
+
+def stack(
+    cell: Cell,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    device: str,
+    algorithm: int,
+    library: Any = None,
+) -> None:
+    """Two layers side by side, with dropout between them, a step at a time."""
+    T, N, H = shape
+    G = cell.gates * H
+
+    def draw(*size: int) -> Tensor:
+        return (torch.randn(size) / 4).to(device, dtype).requires_grad_()
+
+    x = draw(T, N, WIDTH)
+    layers = [{"w_ih": draw(G, width), "w_hh": draw(G, H)} for width in (WIDTH, H)]
+    passed = [(torch.arange(T * N * H) % 3 > 0).view(T, N, H).byte().to(device)]
+    how = {"chunks": (1, 1), "algorithm": algorithm, "library": library}
+    *_, last = wavefront(cell, x, layers, passed=passed, scale=1.5, **how)
+    finish(last, [x, *layers[0].values(), *layers[1].values()])
 
 
 def step(

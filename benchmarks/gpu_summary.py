@@ -16,7 +16,7 @@ from typing import Any
 import gpu_rows
 from gpu_rows import SAME, TORCH, GpuRow
 
-PIECES = ("build", "test", "sanitize", "micro", "bench", "bench_triton")
+PIECES = ("build", "test", "sanitize", "micro", "stacks", "bench", "bench_triton")
 MISSING = "not yet measured"
 PUBLISHED_AT = {"cell": "lstm", "dtype": "fp16", "H": 768, "I": 768, "N": 16, "T": 1024}
 PUBLISHED = {"forward": 2.01, "train": 5.19}

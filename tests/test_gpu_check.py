@@ -24,11 +24,14 @@ import gpu_check
 import gpu_pieces
 import gpu_run
 import gpu_sanitize
+import gpu_stacks
 import results
+from emulator import build
 from gpu_run import Check, Finished, Outcome
 
 from fused_rnn.backends import triton
 from fused_rnn.bench import rows
+from fused_rnn.cells import CELLS
 from fused_rnn.plan import KNOWN_DEVICES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -594,6 +597,31 @@ def test_bench_tells_how_many_points_are_measured(backend, status, expected, tmp
     assert f"--backends {backend} --out {tmp_path} --seconds 450" in now.asked[0][0]
 
 
+@pytest.mark.parametrize(("status", "expected"), [(0, "passed"), (1, "failed"), (None, "failed")])
+def test_stacks_tells_how_many_rows_are_right(status, expected, tmp_path):
+    said = "48 rows, 0 wrong"
+    now = Answers(tmp_path / "some-gpu", ("gpu_stacks.py", status, f"noise\n{said}\n"))
+    found = gpu_pieces.stacks(now)
+    assert (found.status, found.sentence.startswith(said)) == (expected, True)
+    assert f"--out {tmp_path}" in now.asked[0][0]
+
+
+def test_the_rows_of_stacks(tmp_path, capsys, monkeypatch):
+    assert gpu_stacks.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "6 rows, 0 wrong"
+    (path,) = tmp_path.glob("*/stacks.csv")
+    found = rows.lines(path)
+    ways = ("one by one", "side by side", "torch.nn")
+    assert [(row["kind"], row["provider"]) for row in found] == [
+        (kind, way) for kind in ("forward", "train") for way in ways
+    ]
+    assert all(float(row["p50_ms"]) > 0 and float(row["difference"]) < 1e-4 for row in found)
+    assert found[0]["ratio"] == "1"
+    # What differs is told.
+    monkeypatch.setattr(gpu_stacks, "difference", lambda *_: float("nan"))
+    assert gpu_stacks.main(["--device", "cpu", "--tiny", "--out", str(tmp_path)]) == 1
+
+
 def test_the_sanitized_calls_run_every_op_in_every_form(capsys):
     assert gpu_sanitize.main(["--device", "cpu"]) == 0
     cells, dtypes, shapes, forms = 4, 4, 2, 5  # four forms and a step; the LSTM has one more
@@ -625,6 +653,13 @@ def test_on_a_gpu_every_algorithm_is_sanitized_that_can_run(monkeypatch):
     assert gpu_sanitize.algorithms("lstm", torch.float32, *small) == [1, 3]
     assert gpu_sanitize.algorithms("lstm", torch.float64, *small) == [1]
     assert gpu_sanitize.algorithms("lstm", torch.bfloat16, *projected) == [1]
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="the emulator needs a C++ compiler")
+def test_stacks_are_sanitized_where_they_run():
+    """Here, on the emulator."""
+    for dtype in (torch.float64, torch.bfloat16):
+        gpu_sanitize.stack(CELLS["gru"], dtype, (2, 3, 33), "cpu", 1, build.ops())
 
 
 def test_a_sanitized_call_whose_result_is_not_finite_fails():
