@@ -124,7 +124,7 @@ def stack(
     layers = [{"w_ih": draw(G, width), "w_hh": draw(G, H)} for width in (WIDTH, H)]
     passed = [(torch.arange(T * N * H) % 3 > 0).view(T, N, H).byte().to(device)]
     how = {"chunks": (1, 1), "algorithm": algorithm, "library": library}
-    *_, last = wavefront(cell, x, layers, passed=passed, scale=1.5, **how)
+    *_, last = wavefront(cell, x, layers, passed=passed, scales=(1.5, 1.5), **how)
     finish(last, [x, *layers[0].values(), *layers[1].values()])
 
 

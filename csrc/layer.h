@@ -7,6 +7,10 @@
 
 namespace fused_rnn {
 
+// Rows whose products with the input's weights are made at a time on a GPU: enough for a product to
+// run at full speed, few enough that they do not double the memory of a long sequence.
+inline constexpr int64_t kInputRows = 8192;
+
 enum CellId : int { kRnnTanh = 0, kRnnRelu = 1, kLstm = 2, kGru = 3, kCellCount = 4 };
 
 enum ControlBits : uint8_t { kClear = 1, kHold = 2, kCut = 4 };
@@ -57,8 +61,8 @@ struct Layer {
   bool tf32;               // float32 may be multiplied in TF32
   int64_t chunk;           // steps that may run before all others of the layer; 0: device's choice
   int64_t layers;          // of its stack, which are planned together; 0: it is alone
-  // In a stack, above dropout. Forward x is made of what is below, as the steps come.
-  const void* below;      // io [M, I] or null
+  // In a stack, above dropout.
+  void* dropped;          // io [M, I] or null: what forward makes of x, and multiplies
   const uint8_t* passed;  // [M, I] or null: 0 where an element was dropped
   double passed_scale;    // of the others
 };

@@ -109,14 +109,15 @@ std::vector<Tensor> run_stack(const Device& device, int64_t cell, const Tensor& 
   std::vector<ForwardArgs> all;
   std::vector<Tensor> results;
   for (size_t i = 0; i < layers; ++i) {
-    const bool drops = i > 0 && !options.passed.empty();
     const Tensor below = i ? std::get<0>(calls[i - 1].result) : x;
-    const Tensor own = drops ? torch::stable::empty_like(below) : below;
-    calls.push_back(prepare(device, cell, layer_of(own, operands, i, options), save));
+    calls.push_back(prepare(device, cell, layer_of(below, operands, i, options), save));
     all.push_back(calls[i].models[0]);
     place_in_stack(options, i, layers, calls[i].problem, all[i]);
-    if (drops) all[i].below = below.const_data_ptr();
-    results.push_back(drops ? own : allocate(x, {0}, x.scalar_type()));
+    const Problem& problem = calls[i].problem;
+    const bool drops = i > 0 && !options.passed.empty();
+    const Made dropped = problem.make(drops, problem.rows_of(problem.sizes.I), problem.io);
+    all[i].dropped = dropped.data;
+    results.push_back(dropped.tensor);
     std::apply([&](const auto&... y) { (results.push_back(y), ...); }, calls[i].result);
   }
   if (all[0].N > 0) device.forward_stack({all.data(), int(layers), options.side_by_side}, x);

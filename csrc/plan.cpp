@@ -3,7 +3,11 @@
 #include <stdio.h>
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 
 #include "layer.h"
@@ -240,7 +244,8 @@ void Planner::predict_stack(const Cut& cut, Plan* plan) const {
   const int64_t at_once = std::min(layers, cut.active / plan->tiles);
   if (cut.algorithm != Algorithm::kCluster || problem.directions > 1 || at_once < 2) return;
   const int64_t rest = layers % at_once;
-  for (int64_t chunks = 2; chunks <= std::min(T, kMostChunks); ++chunks) {
+  const int64_t least = std::max(int64_t(2), ceil_div(T * problem.N, kInputRows));
+  for (int64_t chunks = least; chunks <= std::min(T, std::max(least, kMostChunks)); ++chunks) {
     const int64_t turns =
         layers / at_once * (chunks + at_once - 1) + (rest ? chunks + rest - 1 : 0);
     // A chunk's product with the weights of the input is one more kernel.
@@ -497,6 +502,22 @@ Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::strin
   choice.runs = Algorithm(runs);
   choice.fastest = Algorithm(fastest);
   return choice;
+}
+
+std::shared_ptr<const Choice> remembered_plan(const PlanProblem& p, const Gpu& device,
+                                              const std::string& algorithm) {
+  const auto key =
+      std::make_tuple(p.cell, p.arithmetic, p.T, p.N, p.H, p.P, p.backward, p.directions, p.layers,
+                      algorithm, std::string(device.name), device.sms,
+                      std::vector<int64_t>(device.clusters, device.clusters + kClusterSizes));
+  static std::mutex mutex;
+  static std::map<std::decay_t<decltype(key)>, std::shared_ptr<const Choice>> plans;
+  constexpr size_t kMost = 4096;
+  const std::lock_guard lock(mutex);
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  if (plans.size() == kMost) plans.clear();
+  return plans[key] = std::make_shared<const Choice>(make_plan(p, device, algorithm, true));
 }
 
 }  // namespace fused_rnn

@@ -6,6 +6,7 @@
 #include <stdint.h>
 
 #include <array>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -110,5 +111,10 @@ struct Choice {
 // with the reason where the named algorithm cannot run the problem.
 Choice make_plan(const PlanProblem& problem, const Gpu& device, const std::string& algorithm,
                  bool proven_only);
+
+// The same with proven_only, made once: a plan takes longer than some calls, and a program asks for
+// few.
+std::shared_ptr<const Choice> remembered_plan(const PlanProblem& problem, const Gpu& device,
+                                              const std::string& algorithm);
 
 }  // namespace fused_rnn

@@ -7,6 +7,7 @@ torch.nn, which then refuses it in its own words.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
@@ -25,6 +26,7 @@ from torch.compiler import is_compiling
 
 from .autograd import in_transform
 from .backends import Problem, algorithm, requested, select, torch_nn
+from .backends import chunks as chunks_of
 from .cells import Cell, States, carry_dtype
 from .norm_cells import NormCell
 from .sequences import Options, sent
@@ -156,9 +158,7 @@ def rnn(
 
     wants_cells = options is not None and options.return_cell_states
     p = dropout if training else 0.0
-    chunks = (0, 0)
-    if rows is None and p < 1 and hasattr(chosen, "chunks"):
-        chunks = chosen.chunks(problem, backend)
+    chunks = (0, 0) if in_transform() else chunks_of(chosen, problem, backend)
     finals: list[States] = []
     if any(chunks):
         keywords |= {"chunks": chunks, "cells": wants_cells}
@@ -342,14 +342,30 @@ def run_stack(
     each: list[dict[str, Any]] = []
     passed: list[Tensor] = []
     for k in range(layers):
-        if k and dropout:  # the numbers that torch.dropout would draw
-            like = x.new_empty(*x.shape[:-1], each[-1]["w_hh"].size(1))
-            passed.append(torch.native_dropout(like, dropout, True)[1].view(torch.uint8))
+        if k and dropout:
+            passed.append(dropout_mask(x, each[-1]["w_hh"].size(1), dropout))
         each += given(k, input)
-    scale = 1 / (1 - dropout)
-    found = chosen.wavefront(cell, x, each, passed=passed, scale=scale, **keywords)
+    scales = dropout_scales(dropout, x.dtype)
+    found = chosen.wavefront(cell, x, each, passed=passed, scales=scales, **keywords)
     finals: list[States] = [(h_n,) if c_n is None else (h_n, c_n) for _, _, h_n, c_n in found]
     return [found[-1][0]], [found[-1][1]], finals
+
+
+def dropout_mask(x: Tensor, width: int, p: float) -> Tensor:
+    """Where ``torch.dropout`` would let an output of a layer pass, by the same random numbers."""
+    like = x.new_empty(*x.shape[:-1], width)
+    if p == 1:
+        return torch.zeros_like(like, dtype=torch.uint8)
+    return torch.native_dropout(like, p, True)[1].view(torch.uint8)
+
+
+def dropout_scales(p: float, dtype: torch.dtype) -> tuple[float, float]:
+    """What CUDA's dropout multiplies by, forward and backward: forward it takes ``1 / (1 - p)`` of
+    what was rounded to float32 first."""
+    if p in (0, 1):
+        return 1.0, 1.0
+    passes = 1 - p if dtype is torch.float64 else ctypes.c_float(1 - p).value
+    return 1 / passes, 1 / (1 - p)
 
 
 def _norm_layer(

@@ -115,6 +115,7 @@ class Options(NamedTuple):
             "last_step": self.last_step_only,
             "reverse": self.reverse,
             "jagged": self.rows is not None,
+            "episodes": self.initial is not None,
             "recompute": self.recompute,
             "gradient_flow": self.flow is not None,
         }

@@ -23,25 +23,28 @@ from .cells import Cell
 _OWN = len(BITS)
 _MADE, _FOUND = 6, len(GRADIENTS)  # that the ops return of a layer
 _KEPT = (0, 1, 2, 5)  # of these x, h, c and saved
+_K = len(_KEPT)
 
 
 class How(NamedTuple):
     """How a stack runs.
 
     Args:
+        scales: what elements that dropout let pass are multiplied by, forward and backward.
         chunks: how many steps a layer runs at a time, forward and backward; 0 for the device's own
             choice, one layer after the other.
         side_by_side: with chunks, layers do not wait for all of the layer before.
     """
 
     library: Any
-    scale: float
+    scales: tuple[float, float]
     reverse: bool
     chunks: tuple[int, int]
     side_by_side: bool
     last: tuple[int, bool]  # algorithm, and whether TF32 is allowed
 
-    def arguments(self, chunk: int) -> tuple[Any, ...]:
+    def arguments(self, *, backward: bool) -> tuple[Any, ...]:
+        chunk = self.chunks[backward]
         return chunk, self.side_by_side and chunk > 0, *self.last
 
 
@@ -63,7 +66,7 @@ class _Stack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh, dc, *d_states):
         layers, saved = ctx.layers, ctx.saved_tensors
-        count = len(saved) - layers * len(_KEPT)
+        count = len(saved) - layers * _K
         inputs, kept = saved[:count], saved[count:]
         own = (True, *[name in GRADIENTS for name in BITS] * layers)
         has_gradient = (*own, *[False] * (count - len(own)))  # masks of dropout
@@ -83,8 +86,8 @@ def _outputs(results) -> tuple[Tensor, ...]:
 
 def _run(cell: Cell, how: How, layers: int, x: Tensor, tensors, *, save: bool):
     operands, passed = tensors[: layers * _OWN], tensors[layers * _OWN :]
-    arguments = (cell.id, x, operands, passed, how.scale, how.reverse, save)
-    results = autograd._call(how.library.stack, *arguments, *how.arguments(how.chunks[0]))
+    arguments = (cell.id, x, operands, passed, how.scales[0], how.reverse, save)
+    results = autograd._call(how.library.stack, *arguments, *how.arguments(backward=False))
     return [results[i : i + _MADE] for i in range(0, len(results), _MADE)]
 
 
@@ -94,15 +97,20 @@ def _backward(cell: Cell, how: How, layers: int, inputs, kept, of_last, d_states
     of_each = [needs[1 + i : 1 + i + _OWN] for i in range(0, layers * _OWN, _OWN)]
     wanted = [sum(compress(BITS.values(), needed)) for needed in of_each]
     wanted[0] += needs[0]
-    grads = [None, None, *d_states[:2]]
-    for i in range(2, 2 * layers, 2):
-        grads += [None, None, *d_states[i : i + 2]]
+    grads = [grad for i in range(0, 2 * layers, 2) for grad in (None, None, *d_states[i : i + 2])]
     grads[-4:-2] = of_last
-    given = (cell.id, wanted, grads, kept, x, operands, passed, how.scale, how.reverse)
-    found = autograd._call(how.library.stack_backward, *given, *how.arguments(how.chunks[1]))
-    gradients = [found[0] if needs[0] else None]
-    for i, needed in enumerate(of_each):
-        own = operands[i * _OWN : (i + 1) * _OWN]
+    # Below the lowest layer that somebody asks for nothing runs.
+    lowest = 0 if needs[0] else next(i for i, needed in enumerate(of_each) if any(needed))
+    if lowest:
+        own, below = kept[lowest * _K], kept[(lowest - 1) * _K + 1]
+        x = own if passed else below
+    tensors = (operands[lowest * _OWN :], passed[lowest:])
+    loop = (kept[lowest * _K :], x, *tensors, how.scales[1], how.reverse)
+    given = (cell.id, wanted[lowest:], grads[lowest * 4 :], *loop)
+    found = autograd._call(how.library.stack_backward, *given, *how.arguments(backward=True))
+    gradients: list[Tensor | None] = [found[0] if needs[0] else None, *[None] * (lowest * _OWN)]
+    for i, needed in enumerate(of_each[lowest:]):
+        own = operands[(lowest + i) * _OWN : (lowest + i + 1) * _OWN]
         gradients += own_gradients(found[i * _FOUND : (i + 1) * _FOUND], own, needed)
     return *gradients, *[None] * len(passed)
 
@@ -114,7 +122,7 @@ def _differentiable_backward(cell: Cell, how: How, layers: int, inputs, grads, n
     states: list[Tensor | None] = []
     for i in range(layers):
         if i and passed:
-            x = x * passed[i - 1] * how.scale
+            x = x * passed[i - 1] * how.scales[0]
         named: dict[str, Any] = dict(zip(BITS, operands[i * _OWN : (i + 1) * _OWN], strict=True))
         x, c, *finals = reference.layer(cell, x, reverse=how.reverse, **named)
         states += finals
@@ -127,7 +135,7 @@ def wavefront(
     layers: Sequence[Mapping[str, Any]],
     *,
     passed: Sequence[Tensor] = (),
-    scale: float = 1.0,
+    scales: tuple[float, float] = (1.0, 1.0),
     chunks: tuple[int, int],
     side_by_side: bool = True,
     algorithm: int = 0,
@@ -142,8 +150,7 @@ def wavefront(
             ``reverse``, the same for all.
         passed: below each layer but the first, where dropout let an element pass ``[T,N,R]``
             uint8; empty without dropout. Default: ``()``
-        scale: what those that passed are multiplied by. Default: 1
-        chunks, side_by_side: see :class:`How`.
+        scales, chunks, side_by_side: see :class:`How`.
         algorithm, cells, library: as in :func:`fused_rnn.autograd.layer`.
 
     Returns:
@@ -153,7 +160,7 @@ def wavefront(
     operands = [own.get(name) for own in layers for name in BITS]
     reverse = bool(layers[0].get("reverse", False))
     last = (algorithm, x.is_cuda and cudnn.allows_tf32())
-    how = How(library or autograd.ops, scale, reverse, chunks, side_by_side, last)
+    how = How(library or autograd.ops, scales, reverse, chunks, side_by_side, last)
     tensors, n = (*operands, *passed), len(layers)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *operands)):
         h, c, *states = _Stack.apply(cell, how, n, x, *tensors)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import name_of
 
 import fused_rnn
-from fused_rnn import autograd, backends, wavefront
+from fused_rnn import autograd, backends, functional, wavefront
 from fused_rnn.cells import CELLS, carry_dtype
 from fused_rnn.plan import ALGORITHMS, KNOWN_DEVICES, plan
 
@@ -116,7 +116,7 @@ def run_stack(chunks, *, side_by_side=True, library=None, algorithm=0):
 
     def run(cell, x, layers, passed):
         how = {"chunks": chunks, "side_by_side": side_by_side}
-        how |= {"scale": 1 / 0.7, "library": library, "algorithm": algorithm}
+        how |= {"scales": (1 / 0.7, 1 / 0.7), "library": library, "algorithm": algorithm}
         return wavefront.wavefront(cell, x, layers, passed=passed, **how)
 
     return run
@@ -199,7 +199,12 @@ def waves(emulated, monkeypatch):
 
     monkeypatch.setattr(autograd, "ops", emulated)
     monkeypatch.setattr(backends.cpu, "wavefront", counted, raising=False)
-    monkeypatch.setattr(backends.cpu, "chunks", lambda *_: (2, 3), raising=False)
+
+    def chunks(problem, algorithm):
+        assert algorithm == ""
+        return (2, 3) if backends.cuda._is_stack(problem) else (0, 0)
+
+    monkeypatch.setattr(backends.cpu, "chunks", chunks, raising=False)
     monkeypatch.delattr(backends.cpu, "plain_layer")  # which a GPU's backend has not
     return calls
 
@@ -218,8 +223,8 @@ FORMS = {
     "reset to learned": {"learn_initial_state": True},
     "all dropped": {"dropout": 1.0},
 }
-# Rows of episodes lie anywhere; what is left of nothing has no scale.
-BY_LAYERS = {"reset to learned", "all dropped"}
+# Rows of episodes lie anywhere.
+BY_LAYERS = {"reset to learned"}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -274,36 +279,90 @@ def test_inference_and_autocast(waves, monkeypatch):
         assert (a.dtype, a.tolist()) == (b.dtype, b.tolist())
 
 
-def test_frozen_weights_have_no_gradient(emulated):
-    x, layers, _ = make_stack("gru", torch.float64, layers=2, shape=(3, 2, 5))
-    layers[0]["w_hh"].requires_grad_()
-    found = wavefront.wavefront(CELLS["gru"], x, layers, chunks=(2, 2), library=emulated)
-    found[-1][0].sum().backward()
-    has = [
-        name for own in layers for name, y in own.items() if getattr(y, "grad", None) is not None
-    ]
-    assert has == ["w_hh"]
-    assert layers[0]["w_hh"].grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize("dropout", [False, True])
-def test_second_derivatives(dropout, emulated):
-    shape = (3, 1, 2)
-    x, layers, passed = make_stack(
-        "lstm", torch.float64, layers=2, shape=shape, dropout=dropout, control=False
+@pytest.mark.parametrize("trained", [0, 1, 2])
+def test_below_what_is_trained_nothing_runs_back(trained, dropout, emulated):
+    """One weight alone: the same gradient as with all of them, and no launches for the layers
+    below."""
+    stack = make_stack("gru", torch.bfloat16, dropout=dropout)
+    by = {"library": emulated, "algorithm": 1 + ALGORITHMS.index("cluster")}
+    expected = results_of(run_stack((2, 3), **by), "gru", stack)[f"dw_hh {trained}"]
+    x, layers, passed = stack
+    weight = layers[trained]["w_hh"].requires_grad_()
+    found = run_stack((2, 3), **by)(CELLS["gru"], x, layers, passed)
+    outputs = [found[-1][0], *(y[2] for y in found)]
+    torch.manual_seed(5)
+    grads = [torch.randn(y.shape).to(y) for y in outputs]
+    pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+    build.cluster_launches()
+    torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+    assert build.cluster_launches() == 3 * (3 - trained)
+    assert torch.equal(weight.grad, expected)
+    assert not any(
+        y.grad is not None
+        for own in layers
+        for y in own.values()
+        if isinstance(y, torch.Tensor) and y is not weight
     )
-    names = ("w_ih", "w_hh", "b_hh", "h0", "c0")
+
+
+def test_the_final_state_of_a_lower_layer_has_a_gradient_alone(emulated):
+    x, layers, passed = make_stack("lstm", torch.float64, dropout=True)
+    leaf = x.requires_grad_()
+    ways = (run_stack((2, 3), library=emulated),
+            functools.partial(by_layers, library=emulated, algorithm=1))  # fmt: skip
+    found = []
+    for run in ways:
+        h_n = run(CELLS["lstm"], leaf, layers, passed)[0][2]
+        found.append(torch.autograd.grad(h_n.square().sum(), leaf)[0])
+    assert torch.equal(*found)
+    assert found[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_second_derivatives(cell, dropout, emulated):
+    x, layers, passed = make_stack(
+        cell, torch.float64, layers=2, shape=(3, 1, 2), dropout=dropout, control=False
+    )
+    names = [name for name in ("w_ih", "w_hh", "b_hh", "h0", "c0") if layers[0][name] is not None]
     own = [given[name].requires_grad_() for given in layers for name in names]
 
     def outputs(x, *operands):
-        given = [dict(zip(names, operands[i : i + 5], strict=True)) for i in (0, 5)]
-        how = {"passed": passed, "scale": 2.0, "chunks": (2, 2), "library": emulated}
-        found = wavefront.wavefront(CELLS["lstm"], x, given, **how)
+        n = len(names)
+        given = [dict(zip(names, operands[i : i + n], strict=True)) for i in (0, n)]
+        how = {"passed": passed, "scales": (2.0, 2.0), "chunks": (2, 2), "library": emulated}
+        found = wavefront.wavefront(CELLS[cell], x, given, **how)
         return tuple(y for results in found for y in results if y is not None)
 
     inputs = (x.requires_grad_(), *own)
     assert torch.autograd.gradcheck(outputs, inputs)
     assert torch.autograd.gradgradcheck(outputs, inputs)
+
+
+def test_a_transform_sees_one_layer_at_a_time(waves):
+    module = fused_rnn.GRU(4, 5, num_layers=2, backend="cpu", dtype=torch.float64)
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    found = torch.func.grad(lambda x: module(x)[0].square().sum())(x)
+    assert waves == []
+    leaf = x.clone().requires_grad_()
+    module(leaf)[0].square().sum().backward()
+    assert len(waves) == 1
+    torch.testing.assert_close(found, leaf.grad)
+
+
+def test_after_a_refusal_all_is_as_before(emulated):
+    """The second layer's plan refuses, when the first one's work has been given out."""
+    stack = make_stack("gru", torch.bfloat16, layers=2)
+    by = {"library": emulated, "algorithm": 1 + ALGORITHMS.index("cluster")}
+    expected = results_of(run_stack((2, 3), **by), "gru", stack)
+    x, layers, passed = stack
+    H = layers[1]["w_hh"].size(1)
+    large = {"w_ih": torch.randn(3 * 1100, H), "w_hh": torch.randn(3 * 1100, 1100)}
+    large = {name: w.bfloat16() for name, w in large.items()}
+    with pytest.raises(RuntimeError, match="'cluster' cannot run this"):
+        run_stack((2, 3), **by)(CELLS["gru"], x, [layers[0], large], passed)
+    assert_same_bits(results_of(run_stack((2, 3), **by), "gru", stack), expected)
 
 
 # The ops
@@ -448,24 +507,56 @@ def problem_of(**changed):
     return problem._replace(**changed)
 
 
-def test_the_gpus_backend_has_it_and_explains_it(monkeypatch):
-    cuda = backends.cuda
-    monkeypatch.setattr(cuda, "describe", lambda _: H200)
-    cuda._chunks.cache_clear()
-    assert cuda.wavefront is wavefront.wavefront
-    plans = [wave(16, 512, 2, backward=b).chunk for b in (False, True)]
-    assert cuda.chunks(problem_of(), "cluster") == tuple(plans)
-    assert cuda.chunks(problem_of(grad=False), "cluster") == (plans[0], 0)
+@pytest.fixture
+def h200(monkeypatch):
+    """The GPU's backend as it would plan for one that is not there."""
+    monkeypatch.setattr(backends.cuda, "describe", lambda _: H200)
+    backends.cuda._chunks.cache_clear()
+    yield backends.cuda
+    backends.cuda._chunks.cache_clear()
+
+
+def test_the_gpus_backend_has_it_and_explains_it(h200):
+    assert h200.wavefront is wavefront.wavefront
+    plans = tuple(wave(16, 512, 2, backward=b).chunk for b in (False, True))
+
+    def chunks(name="cuda:cluster", **changed):
+        return backends.chunks(h200, problem_of(**changed), name)
+
+    assert chunks() == plans
+    assert chunks(grad=False) == (plans[0], 0)
     for changed in (
         {"layers": 1}, {"directions": 2}, {"packed": True}, {"compiling": True}, {"vmapped": True},
-        {"transformed": True}, {"options": ("recompute",)}, {"T": 0},
+        {"transformed": True}, {"options": ("recompute",)}, {"options": ("episodes",)}, {"T": 0},
     ):  # fmt: skip
-        assert cuda.chunks(problem_of(**changed), "cluster") == (0, 0), changed
+        assert chunks(**changed) == (0, 0), changed
+        if changed not in ({"T": 0}, {"compiling": True}):
+            assert "side by side" not in h200.explain(problem_of(**changed), "cluster")
     # By itself the device still chooses stepwise.
-    assert cuda.chunks(problem_of(), "auto") == (0, 0)
-    text = cuda.explain(problem_of(), "cluster")
+    for name in ("auto", "cuda", "cuda:stepwise", "cuda:grid"):
+        assert chunks(name) == (0, 0)
+    text = h200.explain(problem_of(), "cluster")
     assert len(re.findall(r"2 layers, on H200.*\n(?:.*\n)*?.*side by side, \d+ steps", text)) == 2
-    cuda._chunks.cache_clear()
+
+
+def test_a_module_asks_the_gpus_backend_by_name(h200, monkeypatch):
+    """All of the way but the kernels, which are not there."""
+    asked = []
+
+    def wavefront(cell, x, layers, **how):
+        asked.append((len(layers), how["chunks"], how["algorithm"]))
+        states = [(None, None, x.new_zeros(16, 512), x.new_zeros(16, 512)) for _ in layers]
+        return [*states[:-1], (x.new_zeros(1024, 16, 512), *states[-1][1:])]
+
+    problem = problem_of()
+    monkeypatch.setattr(h200, "available", lambda: None)
+    monkeypatch.setattr(h200, "wavefront", wavefront)
+    monkeypatch.setattr(functional, "describe", lambda *_: problem)
+    monkeypatch.setattr(functional, "is_plain", lambda: False)  # input on a GPU is not
+    module = fused_rnn.LSTM(512, 512, num_layers=2, backend="cuda:cluster", dtype=torch.bfloat16)
+    module(torch.zeros(1024, 16, 512, dtype=torch.bfloat16))
+    assert asked == [(2, h200.chunks(problem, "cluster"), 1 + ALGORITHMS.index("cluster"))]
+    assert min(asked[0][1]) > 0
 
 
 # A GPU
@@ -516,3 +607,27 @@ def test_on_gpu_a_stack_replays_in_a_graph(algorithm):
         graph.replay()
         for a, b in zip(captured, step(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(MISSING_GPU is not None, reason=f"needs a GPU: {MISSING_GPU}")
+@pytest.mark.parametrize("p", [0.0, 0.15, 0.5])
+def test_on_gpu_modules_drop_what_torch_drops(p, monkeypatch):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("this GPU is before sm_90")
+    options = {"num_layers": 3, "dropout": p, "device": "cuda", "dtype": torch.bfloat16}
+    module = fused_rnn.GRU(64, 128, backend="cuda:cluster", **options)
+    x = torch.randn(256, 4, 64, device="cuda", dtype=torch.bfloat16)
+    assert min(backends.chunks(backends.cuda, module.describe(x), "cuda:cluster")) > 0
+
+    def results():
+        torch.manual_seed(3)
+        module.zero_grad()
+        output, _ = module(x)
+        output.float().square().sum().backward()
+        return [output, *(w.grad for w in module.parameters())]
+
+    one = results()
+    monkeypatch.setattr(backends.cuda, "chunks", lambda *_: (0, 0))
+    for a, b in zip(one, results(), strict=True):
+        # Another random element dropped is a difference of its own size.
+        assert float((a - b).norm()) <= 0.01 * float(b.norm())

@@ -5,11 +5,11 @@
 
 namespace fused_rnn::cuda {
 
-#define FUSED_RNN_CLUSTER(Cell)                                                                   \
-  template void forward_cluster<Cell, FUSED_RNN_SCALAR>(Directions<ForwardArgs>, WarpShape,       \
-                                                        const ClusterCut&, CudaMachine&);         \
-  template void backward_cluster<Cell, FUSED_RNN_SCALAR>(Directions<BackwardArgs>, BackwardShape, \
-                                                         const BackwardCut&, CudaMachine&);
+#define FUSED_RNN_CLUSTER(Cell)                                                                    \
+  template Steps forward_cluster<Cell, FUSED_RNN_SCALAR>(Directions<ForwardArgs>, WarpShape,       \
+                                                         const ClusterCut&, CudaMachine&);         \
+  template Steps backward_cluster<Cell, FUSED_RNN_SCALAR>(Directions<BackwardArgs>, BackwardShape, \
+                                                          const BackwardCut&, CudaMachine&);
 FUSED_RNN_CLUSTER(RnnTanh)
 FUSED_RNN_CLUSTER(RnnRelu)
 FUSED_RNN_CLUSTER(Lstm)

@@ -258,11 +258,11 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
 }
 
 template <class Cell, class T, class Machine>
-void backward_cluster(Directions<BackwardArgs> directions, BackwardShape shape,
-                      const BackwardCut& cut, Machine& machine) {
+Steps backward_cluster(Directions<BackwardArgs> directions, BackwardShape shape,
+                       const BackwardCut& cut, Machine& machine) {
   const int64_t tiles = (directions[0].N + shape.columns() - 1) / shape.columns();
   const int64_t T_ = directions[0].T, chunk = directions[0].chunk ? directions[0].chunk : T_;
-  backward_of<Cell, T>(directions, chunk, machine, [&](const auto& steps, auto first, auto count) {
+  const auto run = [=, &machine](const auto& steps, auto first, auto count) {
     ClusterBackward<T> all{{}, directions.count, cut};
     for (int i = 0; i < directions.count; ++i)
       all.loops[i] = BackwardLoop<T>(directions[i], steps[size_t(i)], first, count, 2);
@@ -277,7 +277,8 @@ void backward_cluster(Directions<BackwardArgs> directions, BackwardShape shape,
       launch(m == 2   ? cluster_backward<Cell, T, 2, 1>
              : m == 4 ? cluster_backward<Cell, T, 4, 1>
                       : cluster_backward<Cell, T, 6, 1>);
-  });
+  };
+  return backward_of<Cell, T>(directions, chunk, machine, run);
 }
 
 }  // namespace fused_rnn::cuda

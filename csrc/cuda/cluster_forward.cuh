@@ -275,12 +275,12 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
 }
 
 template <class Cell, class T, class Machine>
-void forward_cluster(Directions<ForwardArgs> directions, WarpShape shape, const ClusterCut& cut,
-                     Machine& machine) {
+Steps forward_cluster(Directions<ForwardArgs> directions, WarpShape shape, const ClusterCut& cut,
+                      Machine& machine) {
   const int64_t tiles = (directions[0].N + shape.columns() - 1) / shape.columns();
   const int64_t bytes = ClusterShared(shape, cut.groups, cut.parts, cut.part_tiles).bytes;
   ClusterForward<T> loop{{}, directions.count, cut};
-  forward_of<Cell, T>(directions, machine, [&](const std::vector<ForwardLayer<T>>& layers) {
+  return forward_of<Cell, T>(directions, machine, [=, &machine](const auto& layers) mutable {
     std::copy(layers.begin(), layers.end(), loop.layers);
     machine.launch_clusters(shape.blocks == 2  ? cluster_forward<Cell, T, 2, 1>
                             : shape.tiles == 2 ? cluster_forward<Cell, T, 1, 2>

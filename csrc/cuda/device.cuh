@@ -1,8 +1,11 @@
 // The ops of a device from the algorithms: run-time cell and dtype become template arguments here.
 #pragma once
 
+#include <algorithm>
 #include <iterator>
+#include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "../ops.h"
 #include "../plan.h"
@@ -37,8 +40,8 @@ void dispatch(int cell, ScalarType io, Run run) {
 
 // What the plan says of a problem, for each algorithm.
 template <class T, class Args>
-Choice plan_layer(Directions<Args> directions, bool backward, const Gpu& gpu,
-                  const char* algorithm) {
+std::shared_ptr<const Choice> plan_layer(Directions<Args> directions, bool backward, const Gpu& gpu,
+                                         const char* algorithm) {
   const Layer& a = directions[0];
   PlanProblem problem;
   problem.cell = a.cell;
@@ -50,7 +53,7 @@ Choice plan_layer(Directions<Args> directions, bool backward, const Gpu& gpu,
   problem.backward = backward;
   problem.directions = directions.count;
   problem.layers = a.layers ? a.layers : 1;
-  return make_plan(problem, gpu, algorithm, true);
+  return remembered_plan(problem, gpu, algorithm);
 }
 
 // run(those of one launch after the other).
@@ -80,66 +83,94 @@ void with_grid(Directions<Args> directions, bool backward, const Plan& plan, Mac
   of(std::false_type());
 }
 
+// The Steps of a loop that has run.
+inline bool has_run() { return false; }
+
 // By itself the device chooses stepwise: nothing else has run on a GPU yet.
 template <class Cell, class T, class Machine>
-void run_forward(Directions<ForwardArgs> directions, Machine& machine) {
+Steps run_forward(Directions<ForwardArgs> directions, Machine& machine) {
   const ForwardArgs& a = directions[0];
-  if (a.algorithm <= 1 || a.T == 0)
-    return each_launch(directions, 1, machine,
-                       [&](Directions<ForwardArgs> one) { forward<Cell, T>(one[0], machine); });
+  if (a.algorithm <= 1 || a.T == 0) {
+    each_launch(directions, 1, machine,
+                [&](Directions<ForwardArgs> one) { forward<Cell, T>(one[0], machine); });
+    return has_run;
+  }
   const char* const name = kAlgorithms[a.algorithm - 1].name;
-  const Choice choice = plan_layer<T>(directions, false, machine.gpu(), name);
-  const Plan& plan = choice.plans[int(choice.runs)];
+  const auto choice = plan_layer<T>(directions, false, machine.gpu(), name);
+  const Plan& plan = choice->plans[int(choice->runs)];
   if constexpr (sizeof(T) < 8) {
-    if (choice.runs == Algorithm::kGrid)
-      return with_grid<Cell, T>(
-          directions, false, plan, machine, [&](auto of_launch, auto shape, auto cut, auto exact) {
-            forward_grid<Cell, T, exact.value>(of_launch, shape, cut, machine);
-          });
+    if (choice->runs == Algorithm::kGrid) {
+      with_grid<Cell, T>(directions, false, plan, machine,
+                         [&](auto of_launch, auto shape, auto cut, auto exact) {
+                           forward_grid<Cell, T, exact.value>(of_launch, shape, cut, machine);
+                         });
+      return has_run;
+    }
     const WarpShape shape = warp_shape(Cell::kGates, Cell::kStates, Cell::kSaved, sizeof(T), a.H,
                                        plan.team, plan.batch_tile);
-    forward_cluster<Cell, T>(directions, shape, cluster_cut(shape, a.H, plan.team), machine);
+    return forward_cluster<Cell, T>(directions, shape, cluster_cut(shape, a.H, plan.team), machine);
   }
+  return has_run;
 }
 
 // A forward that was asked for by name may have a backward that does not fit; stepwise reads what
 // any forward has saved.
 template <class Cell, class T, class Machine>
-void run_backward(Directions<BackwardArgs> directions, Machine& machine) {
+Steps run_backward(Directions<BackwardArgs> directions, Machine& machine) {
   const BackwardArgs& a = directions[0];
   const auto stepwise = [&] {
     each_launch(directions, 1, machine,
                 [&](Directions<BackwardArgs> one) { backward<Cell, T>(one[0], machine); });
+    return has_run;
   };
   if (a.algorithm <= 1 || a.T == 0) return stepwise();
-  const Choice choice = plan_layer<T>(directions, true, machine.gpu(), "auto");
+  const auto choice = plan_layer<T>(directions, true, machine.gpu(), "auto");
   const int asked = int(a.algorithm - 1);
   if constexpr (sizeof(T) < 8) {
-    const Plan& plan = choice.plans[asked];
-    if (choice.refusals[asked].empty()) {
-      if (asked == int(Algorithm::kGrid))
-        return with_grid<Cell, T>(
-            directions, true, plan, machine, [&](auto of_launch, auto shape, auto cut, auto exact) {
-              backward_grid<Cell, T, exact.value>(of_launch, shape, cut, machine);
-            });
+    const Plan& plan = choice->plans[asked];
+    if (choice->refusals[asked].empty()) {
+      if (asked == int(Algorithm::kGrid)) {
+        with_grid<Cell, T>(directions, true, plan, machine,
+                           [&](auto of_launch, auto shape, auto cut, auto exact) {
+                             backward_grid<Cell, T, exact.value>(of_launch, shape, cut, machine);
+                           });
+        return has_run;
+      }
       const BackwardShape shape = backward_shape(Cell::kGates, Cell::kStates, Cell::kSaved,
                                                  sizeof(T), a.H, plan.batch_tile);
       return backward_cluster<Cell, T>(directions, shape, backward_cut(shape, a.H, plan.team),
                                        machine);
     }
   }
-  stepwise();
+  return stepwise();
 }
 
-// run(layer) for the layers of a stack.
+// The layers of a stack, run(layer) for the loop of each. Side by side the host gives out a chunk
+// of each layer in turn, of the last ones first: what they wait for was given before.
 template <class Args, class Machine, class Run>
 void each_layer(Stack<Args> stack, Machine& machine, Run run) {
-  if (stack.side_by_side) machine.fork(stack.count);
-  for (int i = 0; i < stack.count; ++i) {
-    if (stack.side_by_side) machine.on(i);
-    run(Directions<Args>(stack[i]));
+  if (!stack.side_by_side) {
+    for (int i = 0; i < stack.count; ++i) {
+      run_all(run(Directions<Args>(stack[i])));
+      machine.forget();
+    }
+    return;
   }
-  if (stack.side_by_side) machine.join();
+  machine.fork(stack.count);
+  std::vector<Steps> layers;
+  for (int i = 0; i < stack.count; ++i) {
+    machine.on(i);
+    layers.push_back(run(Directions<Args>(stack[i])));
+  }
+  for (int turn = 0, running = stack.count; running > 0; ++turn)
+    for (int i = std::min(turn, stack.count - 1); i >= 0; --i) {
+      if (!layers[size_t(i)]) continue;
+      machine.on(i);
+      if (layers[size_t(i)]()) continue;
+      layers[size_t(i)] = nullptr;
+      --running;
+    }
+  machine.join();
 }
 
 template <class Machine>
@@ -147,7 +178,7 @@ struct Ops {
   static void forward(Directions<ForwardArgs> directions, const Tensor& like) {
     Machine machine(like, directions[0].tf32);
     dispatch(directions[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
-      run_forward<decltype(cell), decltype(scalar)>(directions, machine);
+      run_all(run_forward<decltype(cell), decltype(scalar)>(directions, machine));
     });
   }
   static void backward(Directions<BackwardArgs> directions, const Tensor& like) {
@@ -155,14 +186,14 @@ struct Ops {
       STD_TORCH_CHECK(!args.dh_norm, "fused_rnn: the CUDA kernels lack dh_norm");
     Machine machine(like, directions[0].tf32);
     dispatch(directions[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
-      run_backward<decltype(cell), decltype(scalar)>(directions, machine);
+      run_all(run_backward<decltype(cell), decltype(scalar)>(directions, machine));
     });
   }
   static void forward_stack(Stack<ForwardArgs> stack, const Tensor& like) {
     Machine machine(like, stack[0].tf32);
     dispatch(stack[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
       each_layer(stack, machine, [&](Directions<ForwardArgs> layer) {
-        run_forward<decltype(cell), decltype(scalar)>(layer, machine);
+        return run_forward<decltype(cell), decltype(scalar)>(layer, machine);
       });
     });
   }
@@ -170,7 +201,7 @@ struct Ops {
     Machine machine(like, stack[0].tf32);
     dispatch(stack[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
       each_layer(stack, machine, [&](Directions<BackwardArgs> layer) {
-        run_backward<decltype(cell), decltype(scalar)>(layer, machine);
+        return run_backward<decltype(cell), decltype(scalar)>(layer, machine);
       });
     });
   }

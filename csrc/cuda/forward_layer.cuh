@@ -127,7 +127,7 @@ ForwardLayer<T> forward_layer(const ForwardArgs& a, const arithmetic_t<T>* gx) {
 // launch(layers) for as many steps at a time as have their products of the input: as many in each
 // direction, since what they depend on is the same.
 template <class Cell, class T, class Machine, class Launch>
-void forward_of(Directions<ForwardArgs> directions, Machine& machine, Launch launch) {
+Steps forward_of(Directions<ForwardArgs> directions, Machine& machine, Launch launch) {
   std::vector<InputProducts<T, Machine>> inputs;
   std::vector<ForwardLayer<T>> layers;
   for (const ForwardArgs& a : directions) {
@@ -135,8 +135,10 @@ void forward_of(Directions<ForwardArgs> directions, Machine& machine, Launch lau
     layers.push_back(forward_layer<Cell, T>(a, inputs.back().data()));
     start_states<Cell, T>(a, static_cast<T*>(nullptr), machine);
   }
-  int64_t count = 0;
-  for (int64_t first = 0; first < directions[0].T; first += count) {
+  const int64_t steps = directions[0].T;
+  int64_t first = 0;
+  return [=, &machine]() mutable {
+    int64_t count = 0;
     for (size_t i = 0; i < layers.size(); ++i) {
       layers[i].first = first;
       layers[i].count = count = inputs[i].make(first);
@@ -144,7 +146,9 @@ void forward_of(Directions<ForwardArgs> directions, Machine& machine, Launch lau
     }
     launch(layers);
     machine.end(first);
-  }
+    first += count;
+    return first < steps;
+  };
 }
 
 }  // namespace fused_rnn::cuda

@@ -119,28 +119,26 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kGridWarps, 1)
 template <class Cell, class T, bool kExact, class Machine>
 void backward_grid(Directions<BackwardArgs> directions, GridShape shape, const GridCut& cut,
                    Machine& machine) {
-  backward_of<Cell, T>(
-      directions, directions[0].T, machine, [&](const auto& steps, auto first, auto count) {
-        GridBackward<T> loop{};
-        loop.team = {cut, directions.count, directions[0].N, directions[0].H,
-                     machine.template memory<uint64_t>(grid_words(shape, cut))};
-        for (int i = 0; i < directions.count; ++i)
-          loop.loops[i] = BackwardLoop<T>(directions[i], steps[size_t(i)], first, count, 1);
-        const auto launch = [&](auto kernel) { launch_grid(machine, shape, cut, kernel, loop); };
-        const int m = shape.m_tiles;
-        if constexpr (kExact) {
-          launch(m == 2 ? grid_backward<Cell, T, true, 2, 1> : grid_backward<Cell, T, true, 4, 1>);
-        } else {
-          if constexpr (sizeof(T) == 2 && Cell::kGates == 3)
-            if (m == 5) return launch(grid_backward<Cell, T, false, 5, 1>);
-          if (shape.tiles == 2)
-            launch(m == 2 ? grid_backward<Cell, T, false, 2, 2>
-                          : grid_backward<Cell, T, false, 4, 2>);
-          else
-            launch(m == 2 ? grid_backward<Cell, T, false, 2, 1>
-                          : grid_backward<Cell, T, false, 4, 1>);
-        }
-      });
+  const auto run = [&](const auto& steps, auto first, auto count) {
+    GridBackward<T> loop{};
+    loop.team = {cut, directions.count, directions[0].N, directions[0].H,
+                 machine.template memory<uint64_t>(grid_words(shape, cut))};
+    for (int i = 0; i < directions.count; ++i)
+      loop.loops[i] = BackwardLoop<T>(directions[i], steps[size_t(i)], first, count, 1);
+    const auto launch = [&](auto kernel) { launch_grid(machine, shape, cut, kernel, loop); };
+    const int m = shape.m_tiles;
+    if constexpr (kExact) {
+      launch(m == 2 ? grid_backward<Cell, T, true, 2, 1> : grid_backward<Cell, T, true, 4, 1>);
+    } else {
+      if constexpr (sizeof(T) == 2 && Cell::kGates == 3)
+        if (m == 5) return launch(grid_backward<Cell, T, false, 5, 1>);
+      if (shape.tiles == 2)
+        launch(m == 2 ? grid_backward<Cell, T, false, 2, 2> : grid_backward<Cell, T, false, 4, 2>);
+      else
+        launch(m == 2 ? grid_backward<Cell, T, false, 2, 1> : grid_backward<Cell, T, false, 4, 1>);
+    }
+  };
+  run_all(backward_of<Cell, T>(directions, directions[0].T, machine, run));
 }
 
 }  // namespace fused_rnn::cuda

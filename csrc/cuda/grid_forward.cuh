@@ -131,7 +131,7 @@ void forward_grid(Directions<ForwardArgs> directions, GridShape shape, const Gri
   // Apart from the carried states: a block may write its own before another has read them.
   T* const operand = machine.template memory<T>(directions.count * N * H);
   loop.operand = operand;
-  forward_of<Cell, T>(directions, machine, [&](const std::vector<ForwardLayer<T>>& layers) {
+  run_all(forward_of<Cell, T>(directions, machine, [&](const auto& layers) {
     std::copy(layers.begin(), layers.end(), loop.layers);
     for (size_t i = 0; i < layers.size(); ++i) {
       const ForwardLayer<T>& layer = layers[i];
@@ -149,7 +149,7 @@ void forward_grid(Directions<ForwardArgs> directions, GridShape shape, const Gri
     else
       launch(shape.m_tiles == 2 ? grid_forward<Cell, T, false, 2, 1>
                                 : grid_forward<Cell, T, false, 4, 1>);
-  });
+  }));
 }
 
 }  // namespace fused_rnn::cuda

@@ -2,6 +2,8 @@
 // host code of a loop needs from its machine.
 #pragma once
 
+#include <functional>
+
 #include "../cells.h"
 #include "../layer.h"
 #include "cuda/primitives.cuh"
@@ -48,6 +50,13 @@ FUSED_RNN_DEVICE void write(T* base, int64_t at, arithmetic_t<T> x) {
 // chunk of the layer before. Otherwise all runs in its order, and begin() and end() do nothing.
 // Memory is kept until join().
 //
+// A loop on its way: a call is the next chunk of its steps, and says whether there is another one.
+using Steps = std::function<bool()>;
+
+inline void run_all(const Steps& steps) {
+  while (steps()) continue;
+}
+
 // A product: out [m, n] = a b, all dense and row-major; a is [m, k], or [k, m] where it is
 // transposed, b is [k, n], or [n, k]. Operands have the dtype of the tensors, sums are made in the
 // arithmetic type.

@@ -68,8 +68,14 @@ class CudaMachine {
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     return static_cast<cudaStream_t>(stream);
   }
-  // What cuBLAS' documentation recommends.
-  size_t workspace_bytes() const { return size_t(gpu().capability >= 90 ? 32 : 4) << 20; }
+  // As torch's own, unless CUBLAS_WORKSPACE_CONFIG says otherwise.
+  size_t workspace_bytes() const {
+    return gpu().capability >= 90 ? size_t(32) << 20 : 2 * (size_t(4096) << 10) + 8 * (16 << 10);
+  }
+  int set_blas_stream(cudaStream_t stream) {
+    static const auto set_stream = cublas::find<cublas::SetStream>("cublasSetStream_v2");
+    return set_stream(handle(), stream);
+  }
 
  public:
   CudaMachine(const Tensor& like, bool tf32)
@@ -77,6 +83,9 @@ class CudaMachine {
         tf32_(tf32),
         guard_(like.get_device_index()),
         streams_(like.get_device_index(), torchs_stream(like.get_device_index())) {}
+  ~CudaMachine() {  // after an exception
+    if (streams_.forked() && blas_) (void)set_blas_stream(streams_.torchs());
+  }
 
   void fork(int layers) {
     for (int i = 0; i < layers; ++i)
@@ -85,19 +94,20 @@ class CudaMachine {
   }
   // Products at the same time need a workspace each.
   void on(int layer) {
-    static const auto set_stream = cublas::find<cublas::SetStream>("cublasSetStream_v2");
     static const auto set_workspace = cublas::find<cublas::SetWorkspace>("cublasSetWorkspace_v2");
     streams_.on(layer);
-    int status = set_stream(handle(), streams_.current());
+    int status = set_blas_stream(streams_.current());
     if (!status) status = set_workspace(handle(), workspaces_[size_t(layer)], workspace_bytes());
     STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to another stream");
   }
   void begin(int64_t step) { streams_.begin(step); }
   void end(int64_t step) { streams_.end(step); }
-  // Torch gives cuBLAS its own stream and workspace whenever it takes the handle.
+  // cuBLAS goes back to torch's stream, and so to a workspace of its own; torch sets its own
+  // whenever it takes the handle.
   void join() {
     streams_.join();
-    blas_ = nullptr;
+    const int status = set_blas_stream(streams_.torchs());
+    STD_TORCH_CHECK(status == 0, "fused_rnn: cuBLAS answered ", status, " to torch's stream");
     workspaces_.clear();
     forget();
   }
@@ -109,6 +119,7 @@ class CudaMachine {
           return torch::stable::new_empty(like_, {count * int64_t(sizeof(T))}, ScalarType::Byte);
         },
         [] { return "what a loop needs beside its results"; }));
+    streams_.catch_up();
     return static_cast<T*>(memory_.back().mutable_data_ptr());
   }
 

@@ -7,11 +7,11 @@
 namespace fused_rnn::cuda {
 
 // Compiled by cluster.cu and grid.cu, once for each dtype: it takes minutes, so in parallel.
-#define FUSED_RNN_CLUSTER(Cell, T)                                                        \
-  extern template void forward_cluster<Cell, T>(Directions<ForwardArgs>, WarpShape,       \
-                                                const ClusterCut&, CudaMachine&);         \
-  extern template void backward_cluster<Cell, T>(Directions<BackwardArgs>, BackwardShape, \
-                                                 const BackwardCut&, CudaMachine&);
+#define FUSED_RNN_CLUSTER(Cell, T)                                                         \
+  extern template Steps forward_cluster<Cell, T>(Directions<ForwardArgs>, WarpShape,       \
+                                                 const ClusterCut&, CudaMachine&);         \
+  extern template Steps backward_cluster<Cell, T>(Directions<BackwardArgs>, BackwardShape, \
+                                                  const BackwardCut&, CudaMachine&);
 #define FUSED_RNN_CLUSTERS(T)   \
   FUSED_RNN_CLUSTER(RnnTanh, T) \
   FUSED_RNN_CLUSTER(RnnRelu, T) FUSED_RNN_CLUSTER(Lstm, T) FUSED_RNN_CLUSTER(Gru, T)

@@ -352,12 +352,12 @@ void finish_backward(const BackwardArgs& a, const BackwardStep<T>& step, Machine
 // projection, and of the gradients of the states after them in dh0 and dc0 those of the states
 // before, in each direction; `chunk` steps at a time, from the last on.
 template <class Cell, class T, class Machine, class RunLoop>
-void backward_of(Directions<BackwardArgs> directions, int64_t chunk, Machine& machine,
-                 RunLoop run_loop) {
+Steps backward_of(Directions<BackwardArgs> directions, int64_t chunk, Machine& machine,
+                  RunLoop run_loop) {
   std::vector<BackwardStep<T>> steps;
   for (const BackwardArgs& a : directions) steps.push_back(start_backward<Cell, T>(a, machine));
   int64_t end = directions[0].T;
-  do {
+  return [=, &machine]() mutable {
     const int64_t first = end > chunk ? end - chunk : 0;
     machine.begin(first);
     run_loop(steps, first, end - first);
@@ -365,9 +365,11 @@ void backward_of(Directions<BackwardArgs> directions, int64_t chunk, Machine& ma
       input_gradient<Cell>(directions[i], steps[size_t(i)].dgx, first, end - first, machine);
     machine.end(first);
     end = first;
-  } while (end > 0);
-  for (int i = 0; i < directions.count; ++i)
-    finish_backward<Cell, T>(directions[i], steps[size_t(i)], machine);
+    if (end > 0) return true;
+    for (int i = 0; i < directions.count; ++i)
+      finish_backward<Cell, T>(directions[i], steps[size_t(i)], machine);
+    return false;
+  };
 }
 
 template <class Cell, class T, class Machine>
@@ -375,7 +377,7 @@ void backward(const BackwardArgs& a, Machine& machine) {
   using A = arithmetic_t<T>;
   const int64_t gates = Cell::kGates * a.H;
   const auto matrix = [](const void* x) { return static_cast<const T*>(x); };
-  backward_of<Cell, T>(a, a.T, machine, [&](const auto& steps, int64_t, int64_t) {
+  run_all(backward_of<Cell, T>(a, a.T, machine, [&](const auto& steps, int64_t, int64_t) {
     BackwardStep<T> step = steps[0];
     A* const product = machine.template memory<A>(a.N * a.R);
     step.product = product;
@@ -400,7 +402,7 @@ void backward(const BackwardArgs& a, Machine& machine) {
     }
     step.last = a.T == 0;
     machine.launch(finish_gradient<T>, a.R, a.N, step);
-  });
+  }));
 }
 
 }  // namespace fused_rnn::cuda

@@ -7,10 +7,6 @@
 
 namespace fused_rnn::cuda {
 
-// Rows whose input products are made at a time: enough for a product to run at full speed, few
-// enough that they do not double the memory of a long sequence.
-inline constexpr int64_t kInputRows = 8192;
-
 // x times W_ih, for some steps at a time. With rows, a step's rows may lie anywhere among all.
 template <class T, class Machine>
 class InputProducts {
@@ -38,12 +34,12 @@ class InputProducts {
   // How many steps from `step` on, a multiple of chunk(), have their products now.
   int64_t make(int64_t step) {
     machine_.begin(step);
-    if (a_.below)
-      drop_out_rows<T>(a_, a_.below, const_cast<void*>(a_.x), first_row(step), steps(step) * a_.N,
-                       machine_);
+    if (a_.dropped)
+      drop_out_rows<T>(a_, a_.x, a_.dropped, first_row(step), steps(step) * a_.N, machine_);
+    const void* const x = a_.dropped ? a_.dropped : a_.x;
     if (a_.w_ih)
       machine_.multiply({a_.rows ? a_.M : steps(step) * a_.N, gates_, a_.I, false, true},
-                        static_cast<const T*>(a_.x) + first_row(step) * a_.I,
+                        static_cast<const T*>(x) + first_row(step) * a_.I,
                         static_cast<const T*>(a_.w_ih), gx_);
     return steps(step);
   }

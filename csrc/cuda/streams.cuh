@@ -37,9 +37,14 @@ class FreeStreams {
       streams.pop_back();
       return taken;
     }
-    // One that the legacy default stream, which may be torch's, does not wait for by itself.
+    // One that the legacy default stream, which may be torch's, does not wait for by itself. To
+    // make it is no part of a capture.
     cudaStream_t made = nullptr;
-    check(cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking), "no stream");
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "a capture's mode");
+    const cudaError_t error = cudaStreamCreateWithFlags(&made, cudaStreamNonBlocking);
+    check(cudaThreadExchangeStreamCaptureMode(&mode), "a capture's mode");
+    check(error, "no stream");
     return made;
   }
   void give(int device, cudaStream_t stream) {
@@ -92,6 +97,7 @@ class Streams {
   Streams(const Streams&) = delete;
 
   bool forked() const { return !sides_.empty(); }
+  cudaStream_t torchs() const { return torchs_; }
   // Where everything goes now.
   cudaStream_t current() const { return forked() ? sides_[layer_].stream : torchs_; }
 
@@ -104,10 +110,15 @@ class Streams {
     }
   }
   void on(int layer) { layer_ = size_t(layer); }
+  // With what torch's stream has been given by now: memory may come from another thread there.
+  void catch_up() {
+    if (forked()) let_wait(current(), record(torchs_));
+  }
   void begin(int64_t step) {
     if (!forked() || layer_ == 0) return;
-    for (const auto& [first, event] : sides_[layer_ - 1].ended)
-      if (first == step) return let_wait(current(), event);
+    const auto& ended = sides_[layer_ - 1].ended;
+    for (auto chunk = ended.rbegin(); chunk != ended.rend(); ++chunk)
+      if (chunk->first == step) return let_wait(current(), chunk->second);
     STD_TORCH_CHECK(false, "fused_rnn: the layers of a stack have different chunks");
   }
   void end(int64_t step) {

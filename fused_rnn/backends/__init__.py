@@ -8,7 +8,7 @@ algorithm), and one or more of
 - ``plain_layer(...)``: the same on the CPU for the common case, in few lines, beside a ``layer``;
 - ``both(...)``: both directions of a layer in one call, beside a ``layer``;
 - ``wavefront(...)``: all layers of a stack in one call, beside a ``layer``, and
-  ``chunks(problem, algorithm)``, which says whether that pays;
+  ``chunks(problem, algorithm)``, which says whether that pays for the algorithm asked for, if any;
 - ``norm_layer(...)``: the same for a cell with layer norms;
 - ``stack(...)``: all layers and directions in one call;
 - ``cell_step(...)``: one step of one layer. It is differentiable and checks its arguments; beside
@@ -56,8 +56,8 @@ class Problem(NamedTuple):
         transformed: forward-mode AD or nested ``torch.func`` transforms have to see each operation.
         options: what torch.nn lacks: names out of ``control``, ``h_mask``, ``keep`` (the op's),
             ``keep_share`` (``keep`` as shares), ``cell_states`` (c over time), ``last_step``
-            (alone), ``reverse`` (as the only direction), ``jagged`` (input), ``layer_norm``,
-            ``recompute``, ``gradient_flow``.
+            (alone), ``reverse`` (as the only direction), ``jagged`` (input), ``episodes``
+            (resets to a learned state), ``layer_norm``, ``recompute``, ``gradient_flow``.
         ordinal: which of the devices of that type.
         vmapped: ``torch.func.vmap`` runs it, for many at once.
     """
@@ -227,6 +227,14 @@ def how(backend: ModuleType, problem: Problem, name: str) -> str:
     """What ``backend`` does for ``problem`` under the request ``name``."""
     _, _, wanted = name.partition(":")
     return backend.explain(problem, wanted) if wanted else backend.explain(problem)
+
+
+def chunks(backend: ModuleType, problem: Problem, name: str) -> tuple[int, int]:
+    """How many steps at a time ``backend`` runs the layers of a stack side by side under the
+    request ``name``, forward and backward; 0 where it runs one after the other."""
+    if not hasattr(backend, "chunks"):
+        return 0, 0
+    return backend.chunks(problem, name.partition(":")[2])
 
 
 LOG = os.environ.get("FUSED_RNN_LOG", "0") not in ("", "0")

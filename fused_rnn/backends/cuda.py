@@ -109,27 +109,31 @@ def chunks(problem: Problem, algorithm: str) -> tuple[int, int]:
     one after the other.
 
     Args:
-        algorithm: the one asked for, or ``"auto"``.
+        algorithm: the one asked for; ``""`` for none, which is ``"stepwise"`` so far.
     """
-    return _chunks(problem, algorithm, cudnn.allows_tf32()) if _is_stack(problem) else (0, 0)
+    if algorithm != "cluster" or not _is_stack(problem):  # the others leave no SM free
+        return 0, 0
+    return _chunks(problem, cudnn.allows_tf32())
 
 
 def _is_stack(problem: Problem) -> bool:
     """Whether one call may have all layers. A compiler or a transform wants to see each; what is
-    computed again is one layer's; packed rows may lie anywhere."""
+    computed again is one layer's; packed rows, and those of episodes, may lie anywhere."""
     apart = problem.compiling or problem.transformed or problem.vmapped or problem.packed
-    return problem.layers > 1 and problem.T > 0 and not apart and "recompute" not in problem.options
+    apart = apart or not {"recompute", "episodes"}.isdisjoint(problem.options)
+    return problem.layers > 1 and problem.T > 0 and not apart
 
 
 @lru_cache(maxsize=1024)
-def _chunks(problem: Problem, algorithm: str, tf32: bool) -> tuple[int, int]:
-    def of(*, backward: bool) -> int:
-        try:
-            return _plan(problem, describe(problem.ordinal), algorithm, backward=backward).chunk
-        except (RuntimeError, ValueError):
-            return 0
-
-    return of(backward=False), of(backward=True) if problem.grad else 0
+def _chunks(problem: Problem, tf32: bool) -> tuple[int, int]:
+    device = describe(problem.ordinal)
+    forward = _plan(problem, device, "cluster").chunk
+    if not problem.grad:
+        return forward, 0
+    try:
+        return forward, _plan(problem, device, "cluster", backward=True).chunk
+    except RuntimeError:  # it is stepwise: as device.cuh has it
+        return forward, 0
 
 
 @lru_cache(maxsize=1024)

@@ -42,6 +42,7 @@ _LACKS = {
     "last_step": "last_step_only",
     "reverse": 'direction="reverse"',
     "jagged": "input of jagged layout",
+    "episodes": "resets to a learned state",
     "h_mask": "recurrent_dropout",
     "keep": "zoneout",
     "keep_share": "zoneout",

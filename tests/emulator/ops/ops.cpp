@@ -51,6 +51,7 @@ class EmulatedMachine {
   bool tf32_;
   Streams streams_;
   std::vector<cudaStream_t> layers_;  // streams of, between fork and join
+  size_t layer_ = 0;
 
   // As torch's, it is there before and after the call.
   static cudaStream_t torchs_stream() {
@@ -123,6 +124,7 @@ class EmulatedMachine {
 
   template <class T>
   T* memory(int64_t count) {
+    streams_.catch_up();
     return static_cast<T*>(take("memory", size_t(count) * sizeof(T)));
   }
 
@@ -138,19 +140,20 @@ class EmulatedMachine {
   void fork(int layers) { streams_.fork(layers); }
   void on(int layer) {
     streams_.on(layer);
-    layers_.resize(size_t(layer));
-    layers_.push_back(streams_.current());
+    layer_ = size_t(layer);
+    if (layers_.size() == layer_) layers_.push_back(streams_.current());
   }
   void begin(int64_t step) { streams_.begin(step); }
   void end(int64_t step) {
     streams_.end(step);
-    if (layers_.size() > 1)
-      layers_.back()->push(
-          [before = layers_[layers_.size() - 2]] { overlaps += !before->work.empty(); });
+    if (layer_ > 0)
+      streams_.current()->push(
+          [before = layers_[layer_ - 1]] { overlaps += !before->work.empty(); });
   }
   void join() {
     streams_.join();
     layers_.clear();
+    layer_ = 0;
     forget();
   }
 
@@ -226,14 +229,8 @@ struct Bytes {
 
 void borrow(EmulatedMachine& machine, Layer& a, Bytes bytes) {
   const int64_t gates = kCellShapes[a.cell].gates * a.H;
-  if (a.below) {
-    machine.borrow("h of the layer below", a.below, a.M * a.I * bytes.io);
-    void* made = const_cast<void*>(a.x);
-    machine.borrow("x", made, a.M * a.I * bytes.io);
-    a.x = made;
-  } else {
-    machine.borrow("x", a.x, a.M * a.I * bytes.io);
-  }
+  machine.borrow("x", a.x, a.M * a.I * bytes.io);
+  machine.borrow("what dropout leaves of x", a.dropped, a.M * a.I * bytes.io);
   machine.borrow("passed", a.passed, a.M * a.I);
   machine.borrow("w_ih", a.w_ih, gates * a.I * bytes.io);
   machine.borrow("w_hh", a.w_hh, gates * a.R * bytes.io);
@@ -296,13 +293,13 @@ void on_emulator(Directions<Args> directions, const Tensor& like, Run run) {
 
 void forward(Directions<ForwardArgs> directions, const Tensor& like) {
   on_emulator(directions, like, [](auto inside, auto cell, auto scalar, auto& machine) {
-    run_forward<decltype(cell), decltype(scalar)>(inside, machine);
+    run_all(run_forward<decltype(cell), decltype(scalar)>(inside, machine));
   });
 }
 
 void backward(Directions<BackwardArgs> directions, const Tensor& like) {
   on_emulator(directions, like, [](auto inside, auto cell, auto scalar, auto& machine) {
-    run_backward<decltype(cell), decltype(scalar)>(inside, machine);
+    run_all(run_backward<decltype(cell), decltype(scalar)>(inside, machine));
   });
 }
 
@@ -314,20 +311,20 @@ void stack_on_emulator(Stack<Args> stack, const Tensor& like, Run run) {
   for (Args& a : all) borrow(machine, a, Bytes(like));
   dispatch(all[0].cell, like.scalar_type(), [&](auto cell, auto scalar) {
     each_layer(Stack<Args>{all.data(), stack.count, stack.side_by_side}, machine,
-               [&](Directions<Args> layer) { run(layer, cell, scalar, machine); });
+               [&](Directions<Args> layer) { return run(layer, cell, scalar, machine); });
   });
   machine.give_back();
 }
 
 void forward_stack(Stack<ForwardArgs> stack, const Tensor& like) {
   stack_on_emulator(stack, like, [](auto layer, auto cell, auto scalar, auto& machine) {
-    run_forward<decltype(cell), decltype(scalar)>(layer, machine);
+    return run_forward<decltype(cell), decltype(scalar)>(layer, machine);
   });
 }
 
 void backward_stack(Stack<BackwardArgs> stack, const Tensor& like) {
   stack_on_emulator(stack, like, [](auto layer, auto cell, auto scalar, auto& machine) {
-    run_backward<decltype(cell), decltype(scalar)>(layer, machine);
+    return run_backward<decltype(cell), decltype(scalar)>(layer, machine);
   });
 }
 
