@@ -45,6 +45,9 @@ struct WarpShape {
   FUSED_RNN_FN constexpr int chunk() const { return 16 / element; }  // units of a message
   FUSED_RNN_FN constexpr int m_tiles() const { return (blocks * gates + 1) / 2; }
   FUSED_RNN_FN constexpr int sums() const { return m_tiles() * tiles * 4; }  // of a lane
+  // Arrays that a step writes: h, c and what is saved.
+  FUSED_RNN_FN constexpr int outputs() const { return states + saved; }
+  FUSED_RNN_FN constexpr int staged() const { return columns() * units(); }  // elements of one
   // Registers of a thread beside the weights: for each of its elements the sums (or what is saved,
   // which comes after them), gx, the states, and the rest as compiled for sm_90.
   FUSED_RNN_FN constexpr int other_registers() const {
@@ -64,6 +67,7 @@ struct ClusterCut {
   int parts;       // of K
   int part_tiles;  // tiles of K in a part, even
   int64_t units;   // of the CTA with most
+  bool wide;       // outputs leave in pieces of 16 bytes, for which each has room in shared memory
 
   FUSED_RNN_FN constexpr int warps() const { return groups * parts; }
 };
@@ -77,6 +81,35 @@ constexpr int64_t most_units(int64_t H, int64_t granule, int64_t team) {
   return most;
 }
 
+// Where things stand in shared memory, in bytes from its start.
+struct ClusterShared {
+  int64_t stride;   // elements from row to row of what the product reads
+  int64_t weights;  // those that registers do not hold
+  int64_t sums;     // of all parts of K but the first
+  int64_t barriers;
+  int64_t staging;  // what a step sends, and then what it writes
+  int64_t bytes;
+
+  FUSED_RNN_FN constexpr ClusterShared(WarpShape shape, const ClusterCut& cut)
+      // 16 bytes more than a multiple of 32: ldmatrix finds 8 rows in different banks.
+      : stride(int64_t(cut.parts) * cut.part_tiles * shape.depth() + shape.chunk()),
+        weights(2 * shape.columns() * stride * shape.element),
+        sums(weights + weight_bytes(shape, cut.warps(), cut.part_tiles)),
+        barriers(sums + int64_t(cut.groups) * (cut.parts - 1) * shape.sums() * 32 * 4),
+        staging(barriers + 2 * 8),
+        bytes(staging + cut.groups * staged(shape, cut) * shape.element) {}
+
+  // Elements of a warp.
+  FUSED_RNN_FN static constexpr int64_t staged(WarpShape shape, const ClusterCut& cut) {
+    return int64_t(cut.wide ? shape.outputs() : 1) * shape.staged();
+  }
+
+  FUSED_RNN_FN static constexpr int64_t weight_bytes(WarpShape shape, int warps, int part_tiles) {
+    const int left = part_tiles > shape.held() ? part_tiles - shape.held() : 0;
+    return int64_t(warps) * left * shape.m_tiles() * 32 * 16;
+  }
+};
+
 // As few blocks a warp as there are warps for; two where one would leave half a tile empty. Kernels
 // are compiled for two blocks or two tiles, not for both.
 constexpr WarpShape warp_shape(int gates, int states, int saved, int element, int64_t H,
@@ -88,8 +121,9 @@ constexpr WarpShape warp_shape(int gates, int states, int saved, int element, in
 }
 
 // As many parts of K as there are warps for and pairs of tiles in it. With more groups than warps
-// the problem does not fit.
-constexpr ClusterCut cluster_cut(WarpShape shape, int64_t H, int64_t team) {
+// the problem does not fit. Of the `room` bytes of shared memory that a CTA may have, weights take
+// theirs first.
+constexpr ClusterCut cluster_cut(WarpShape shape, int64_t H, int64_t team, int64_t room) {
   ClusterCut cut{};
   cut.team = int(team);
   cut.units = most_units(H, shape.chunk(), team);
@@ -98,30 +132,10 @@ constexpr ClusterCut cluster_cut(WarpShape shape, int64_t H, int64_t team) {
   cut.parts = kClusterWarps / cut.groups;
   cut.parts = cut.parts < 1 ? 1 : cut.parts < pairs ? cut.parts : pairs;
   cut.part_tiles = (pairs + cut.parts - 1) / cut.parts * 2;
+  cut.wide = H % shape.chunk() == 0;
+  cut.wide = cut.wide && ClusterShared(shape, cut).bytes <= room;
   return cut;
 }
-
-// Where things stand in shared memory, in bytes from its start.
-struct ClusterShared {
-  int64_t stride;   // elements from row to row of what the product reads
-  int64_t weights;  // those that registers do not hold
-  int64_t sums;     // of all parts of K but the first
-  int64_t staging, barriers, bytes;
-
-  FUSED_RNN_FN constexpr ClusterShared(WarpShape shape, int groups, int parts, int part_tiles)
-      // 16 bytes more than a multiple of 32: ldmatrix finds 8 rows in different banks.
-      : stride(int64_t(parts) * part_tiles * shape.depth() + shape.chunk()),
-        weights(2 * shape.columns() * stride * shape.element),
-        sums(weights + weight_bytes(shape, groups * parts, part_tiles)),
-        staging(sums + int64_t(groups) * (parts - 1) * shape.sums() * 32 * 4),
-        barriers(staging + int64_t(groups) * shape.columns() * shape.units() * shape.element),
-        bytes(barriers + 2 * 8) {}
-
-  FUSED_RNN_FN static constexpr int64_t weight_bytes(WarpShape shape, int warps, int part_tiles) {
-    const int left = part_tiles > shape.held() ? part_tiles - shape.held() : 0;
-    return int64_t(warps) * left * shape.m_tiles() * 32 * 16;
-  }
-};
 
 // ---- Backward: a block multiplies the gate gradients of its units by its rows of W_hh, and every
 // peer gets the partial sums of that peer's units.

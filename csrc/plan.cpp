@@ -259,7 +259,7 @@ void Planner::predict_stack(const Cut& cut, Plan* plan) const {
 void Planner::place_forward(const Cut& cut, Plan* plan) const {
   const WarpShape shape = warp_shape(int(cell.gates), int(cell.states), int(cell.saved), int(bytes),
                                      problem.H, cut.team, cut.batch_tile);
-  const ClusterCut warps = cluster_cut(shape, problem.H, cut.team);
+  const ClusterCut warps = cluster_cut(shape, problem.H, cut.team, device.shared_of_cta());
   const int64_t tile_bytes = 32 * 16, tiles = warps.part_tiles * shape.m_tiles();
   plan->k_split = warps.parts;
   plan->threads = 32 * warps.warps();
@@ -268,7 +268,7 @@ void Planner::place_forward(const Cut& cut, Plan* plan) const {
   plan->register_bytes = plan->weight_bytes - plan->shared_weight_bytes;
   plan->registers =
       shape.other_registers() + 4 * shape.m_tiles() * std::min(shape.held(), warps.part_tiles);
-  plan->shared_bytes = ClusterShared(shape, warps.groups, warps.parts, warps.part_tiles).bytes;
+  plan->shared_bytes = ClusterShared(shape, warps).bytes;
 }
 
 BackwardShape Planner::shape_of_backward(int64_t batch_tile) const {
@@ -361,7 +361,7 @@ std::string Planner::misfit(const Plan& plan) const {
                            kilobytes(plan.weight_bytes) + " of W_hh";
   if (plan.threads > kThreads)
     return size + ": its " + std::to_string(plan.units) + " units are more than its warps take";
-  if (plan.shared_bytes > std::min(device.shared_per_block, device.shared_per_sm))
+  if (plan.shared_bytes > device.shared_of_cta())
     return size + ": beside registers that takes " + kilobytes(plan.shared_bytes) +
            " of shared memory, and a CTA has " + kilobytes(device.shared_per_block);
   if (plan.workspace_bytes > device.l2_bytes)

@@ -51,6 +51,10 @@ struct Gpu {
   double clock_ghz = 0, dram_gb_s = 0;  // 0: the driver does not tell
   // The most clusters of each size that are active at a time with one CTA an SM; 0: none fits.
   int64_t clusters[kClusterSizes] = {};
+
+  int64_t shared_of_cta() const {
+    return shared_per_block < shared_per_sm ? shared_per_block : shared_per_sm;
+  }
 };
 
 struct PlanProblem {

@@ -20,6 +20,7 @@ from persistent import (
 
 from fused_rnn import autograd
 from fused_rnn.cells import CELLS
+from fused_rnn.plan import ALGORITHMS
 
 
 @pytest.fixture(params=["emulator", "gpu"])
@@ -35,7 +36,8 @@ def team(size, active=None):
 # A block alone with all units, one or two blocks of 8 units a warp; several blocks, odd sizes, a
 # last block with fewer units; more rows than a tile has, and than one. With room for one cluster,
 # a tile of 16 rows pays where there are as many.
-SIZES = ((1, 20), (1, 72), (1, 124), (2, 33), (4, 70), (4, 100), (8, 125))
+# Of 40 and 72 units outputs are written in pieces of 16 bytes, of the others one by one.
+SIZES = ((1, 20), (1, 72), (1, 124), (2, 33), (2, 40), (4, 70), (4, 100), (8, 125))
 
 
 @cases(
@@ -136,6 +138,24 @@ def test_tf32_is_as_far_from_float64_as_stepwise(cell, size, H, emulated, monkey
     shape = (4, 9, (H + 1) // 2)
     problem = make_problem(cell, drawn, shape, product=True, control=True).to(torch.float32)
     check_tf32("cluster", problem, monkeypatch)
+
+
+@pytest.mark.parametrize("H", [25, 40])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_no_backward_needs_is_not_written(cell, H, emulated):
+    """A forward alone has nothing else to write, and the same h."""
+    team(2)
+    problem = make_problem(
+        cell, torch.bfloat16, (3, 11, H), product=True, control=True, rows="packed"
+    )
+    arguments = problem.op_arguments(save=False)
+    arguments[-2] = ALGORITHMS.index("cluster") + 1
+    h, c, h_n, c_n, saved = emulated.layer(*arguments)
+    assert c.numel() == saved.numel() == 0
+    kept = asked(problem, emulated, "cluster")
+    assert torch.equal(h, kept[0])
+    assert torch.equal(h_n, kept[2])
+    assert torch.equal(c_n, kept[3])
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -139,8 +139,8 @@ def test_a_cluster_of_16_holds_an_lstm_of_the_design_sizes(H, kb, in_registers, 
 @pytest.mark.parametrize(
     ("backward", "parts"),
     [
-        # h of two steps, its rows 16 bytes apart; one of two sums over K; what is sent; mbarriers.
-        (False, [2 * 8 * (512 * 2 + 16), 128 * 8 * 4, 8 * 32 * 2, 2 * 8]),
+        # h of two steps, its rows 16 bytes apart; one of two sums over K; h, c, gates; mbarriers.
+        (False, [2 * 8 * (512 * 2 + 16), 128 * 8 * 4, 6 * 8 * 32 * 2, 2 * 8]),
         # Own gate gradients of two steps, rows 16 bytes apart; sums of 16 CTAs for two; mbarriers.
         (True, [2 * 8 * (128 * 2 + 16), 2 * 16 * 8 * 32 * 4, 2 * 8]),
     ],
@@ -153,6 +153,18 @@ def test_shared_memory_holds_what_a_step_needs(backward, parts):
     )
     assert (p.batch_tile, p.units, p.shared_weight_bytes) == (8, 32, 0)
     assert p.shared_bytes == sum(parts)
+
+
+@pytest.mark.parametrize(("H", "staged"), [(768, 5), (761, 1), (832, 1)])
+def test_outputs_are_staged_where_weights_leave_room_and_rows_are_whole_pieces(H, staged):
+    """A GRU's h and gates, of warps that own 16 units; only what is sent needs its place."""
+    only_16 = dataclasses.replace(H100, clusters=(0, 0, 0, 0, 7))
+    p = plan_all("gru", "bf16", 512, 8, H, device=only_16, algorithm="cluster")
+    operand = 2 * 8 * (-(-H // 32) * 64 + 16)
+    groups = -(-p.units // 16)
+    room = p.shared_bytes - p.shared_weight_bytes - operand - 2 * 8
+    sums = (p.k_split - 1) * groups * 3 * 4 * 32 * 4
+    assert room - sums == staged * groups * 8 * 16 * 2
 
 
 @pytest.mark.parametrize("cell", CELLS)

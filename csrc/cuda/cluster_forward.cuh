@@ -12,6 +12,9 @@
 // all blocks of the cluster fill the other by st.async, whose bytes an mbarrier counts. The one
 // being filled was read in the step before, and that is over: who sends has this step's h from
 // every block, and each of its warps sent after it had read.
+//
+// What leaves a warp, h to its peers and then what the step writes, goes through shared memory of
+// its own: there the units of a row, which 8 lanes hold, become pieces of 16 bytes.
 #pragma once
 
 #include "../cluster_layout.h"
@@ -36,12 +39,12 @@ struct ClusterWarp {
                                        sizeof(T), kBlocks,       kTiles};
   static constexpr int kM = kShape.m_tiles(), kHeld = kShape.held(), kChunk = kShape.chunk(),
                        kUnits = kShape.units(), kColumns = kShape.columns(),
-                       kDepth = kShape.depth(), kSums = kShape.sums();
+                       kDepth = kShape.depth(), kSums = kShape.sums(), kStaged = kShape.staged();
 
   const ClusterForward<T>& a;
   const ForwardLayer<T>& layer;
   const ClusterShared place;
-  T *operands, *staging;
+  T *operands, *staging;  // staging: [output][row of staging][unit] of the warp
   float* sums;
   Mbarrier* arrived;
   int part, group;
@@ -49,12 +52,10 @@ struct ClusterWarp {
 
   Weights<T, kM, kHeld> weights;
   Biases<Cell, T> biases[kBlocks];
-  ForwardUnit<Cell, T> units[kBlocks][kTiles][2];
+  ForwardUnit<Cell, T> units[kBlocks][kTiles][2] = {};  // zero where there is none
 
   FUSED_RNN_DEVICE explicit ClusterWarp(const ClusterForward<T>& args)
-      : a(args),
-        layer(args.layers[cluster_index() % args.directions]),
-        place(kShape, args.cut.groups, args.cut.parts, args.cut.part_tiles) {
+      : a(args), layer(args.layers[cluster_index() % args.directions]), place(kShape, args.cut) {
     char* const shared = shared_memory<char>();
     operands = reinterpret_cast<T*>(shared);
     sums = reinterpret_cast<float*>(shared + place.sums);
@@ -66,13 +67,21 @@ struct ClusterWarp {
     row = int64_t(cluster_index() / a.directions) * kColumns;
     unit = unit_begin(layer.H, kChunk, a.cut.team, rank) + group * kUnits;
     units_end = unit_begin(layer.H, kChunk, a.cut.team, rank + 1);
-    staging += group * kColumns * kUnits;
+    staging += group * ClusterShared::staged(kShape, a.cut);
   }
 
   // Neighbouring clusters run the same rows, each in its direction.
   FUSED_RNN_DEVICE int cluster_index() const { return block_index().x / a.cut.team; }
   FUSED_RNN_DEVICE int64_t unit_of(int block) const { return unit + 8 * block + lane() / 4; }
-  FUSED_RNN_DEVICE int column_of(int tile, int j) const { return 8 * tile + 2 * (lane() % 4) + j; }
+  // Rows of the batch are staged in another order: those that lanes store together, every second
+  // one, stand side by side, so in different banks.
+  FUSED_RNN_DEVICE static int staged_row(int tile, int j) { return 8 * tile + 4 * j + lane() % 4; }
+  FUSED_RNN_DEVICE static int column_of(int staged_row) {
+    return staged_row / 8 * 8 + staged_row % 4 * 2 + staged_row / 4 % 2;
+  }
+  FUSED_RNN_DEVICE T* staged(int block, int tile, int j) const {
+    return staging + staged_row(tile, j) * kUnits + 8 * block + lane() / 4;
+  }
   FUSED_RNN_DEVICE T* operand(int64_t step) const {
     return operands + (step & 1) * kColumns * place.stride;
   }
@@ -91,7 +100,7 @@ struct ClusterWarp {
     FUSED_RNN_UNROLL
     for (int i = 0; i < 2 * kBlocks * kTiles; ++i) {
       const int block = i / (2 * kTiles), tile = i / 2 % kTiles, j = i % 2;
-      const int64_t n = row + column_of(tile, j), u = unit_of(block);
+      const int64_t n = row + column_of(staged_row(tile, j)), u = unit_of(block);
       if (n < layer.N && u < units_end) run(block, tile, j, n, u);
     }
   }
@@ -149,7 +158,7 @@ struct ClusterWarp {
     for (int i = thread_index().x; i < 2 * kColumns * place.stride; i += 32 * a.cut.warps())
       store(operands + i, from_float<T>(0));
     // What no lane writes meets weights of zero, and must be finite.
-    for (int i = lane(); i < kColumns * kUnits; i += 32)
+    for (int i = lane(); i < kStaged; i += 32)
       if (part == 0) store(staging + i, from_float<T>(0));
     sync_block();
     for (int column = warp(); column < kColumns; column += a.cut.warps()) {
@@ -210,9 +219,7 @@ struct ClusterWarp {
         gh[g] = sum[half / 2][tile][half % 2 * 2 + j];
       }
       mine.update(layer, now, biases[block], n, u, gh, saved[block][tile][j]);
-      if (!last)
-        store_operand(staging + column_of(tile, j) * kUnits + 8 * block + lane() / 4,
-                      mine.operand(layer, next, n, u));
+      if (!last) store_operand(staged(block, tile, j), mine.operand(layer, next, n, u));
     });
   }
 
@@ -221,11 +228,12 @@ struct ClusterWarp {
     constexpr int kOfRow = kUnits / kChunk, kMessages = kColumns * kOfRow;
     sync_warp();
     for (int i = lane(); i < kMessages * a.cut.team; i += 32) {
-      const int peer = i / kMessages, column = i % kMessages / kOfRow, chunk = i % kOfRow;
-      const int64_t u = unit + chunk * kChunk;
+      const int peer = i / kMessages, of_row = i % kOfRow * kChunk;
+      const int from = i % kMessages / kOfRow;
+      const int64_t u = unit + of_row;
       if (u >= units_end) continue;
-      const auto h = load_vector<kChunk>(staging + column * kUnits + chunk * kChunk);
-      T* const to = operand(step + 1) + column * place.stride + u;
+      const auto h = load_vector<kChunk>(staging + from * kUnits + of_row);
+      T* const to = operand(step + 1) + column_of(from) * place.stride + u;
       if (a.cut.team == 1)
         store_vector(to, h);
       else
@@ -234,7 +242,61 @@ struct ClusterWarp {
     sync_warp();
   }
 
+  // Where what was sent stood: also elements that do not exist, to be done without asking.
+  FUSED_RNN_DEVICE void stage_outputs(const A (&saved)[kBlocks][kTiles][2][4]) const {
+    const auto stage = [&](auto run) {
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < 2 * kBlocks * kTiles; ++i) {
+        const int block = i / (2 * kTiles), tile = i / 2 % kTiles, j = i % 2;
+        run(staged(block, tile, j), units[block][tile][j].states, saved[block][tile][j]);
+      }
+    };
+    stage([](T* to, const auto& states, const auto&) {
+      FUSED_RNN_UNROLL
+      for (int k = 0; k < Cell::kStates; ++k) write(to, k * kStaged, states[k]);
+    });
+    if (layer.saved)
+      stage([](T* to, const auto&, const auto& of_element) {
+        FUSED_RNN_UNROLL
+        for (int k = 0; k < Cell::kSaved; ++k)
+          write(to, (Cell::kStates + k) * kStaged, of_element[k]);
+      });
+  }
+
+  // The staged outputs to where they belong. A lane has a piece of 16 bytes at the same place in
+  // one array after the other, or in every other one where there are lanes for several.
+  FUSED_RNN_DEVICE void copy_outputs(int64_t step) const {
+    constexpr int kOfRow = kUnits / kChunk, kPieces = kStaged / kChunk, kAtOnce = 32 / kPieces;
+    const int piece = lane() % kPieces, mine = lane() / kPieces;
+    const int64_t n = row + column_of(piece / kOfRow), u = unit + piece % kOfRow * kChunk;
+    if (n >= layer.N || u >= units_end) return;
+    const StepRows now = layer.step(step);
+    const int64_t index = now.index(n);
+    if (index < 0) return;
+    const bool holds = now.bits(n) & kHold;
+    const auto copy = [&](int output, T* base, int64_t of_base) {
+      auto values = load_vector<kChunk>(staging + output * kStaged + piece * kChunk);
+      FUSED_RNN_UNROLL
+      for (int i = 0; i < kChunk; ++i)
+        if (holds) values[i] = from_float<T>(0);
+      store_vector(base + of_base * layer.H + u, values);
+    };
+    if (layer.saved) FUSED_RNN_UNROLL
+    for (int i = mine; i < Cell::kSaved; i += kAtOnce)
+      copy(Cell::kStates + i, layer.saved, index * Cell::kSaved + i);
+    FUSED_RNN_UNROLL
+    for (int i = mine; i < Cell::kStates; i += kAtOnce)
+      if (T* const base = i == 0 ? layer.h : layer.c) copy(i, base, index);
+  }
+
   FUSED_RNN_DEVICE void write_outputs(int64_t step, const A (&saved)[kBlocks][kTiles][2][4]) const {
+    if (a.cut.wide) {
+      stage_outputs(saved);
+      sync_warp();
+      copy_outputs(step);
+      sync_warp();  // the next step stages in the same place
+      return;
+    }
     const StepRows now = layer.step(step);
     each([&](int block, int tile, int j, int64_t n, int64_t u) {
       units[block][tile][j].write_outputs(layer, now, n, u, saved[block][tile][j]);
@@ -263,7 +325,7 @@ FUSED_RNN_KERNEL FUSED_RNN_LAUNCH_BOUNDS(32 * kClusterWarps, 1)
     warp.multiply(step, sum);
     if (a.cut.parts > 1) warp.add_parts(sum);
     if (!updates) continue;
-    arithmetic_t<T> saved[kBlocks][kTiles][2][4];
+    arithmetic_t<T> saved[kBlocks][kTiles][2][4] = {};
     warp.update(step, sum, saved);
     if (step + 1 < warp.layer.count) {
       warp.send(step);
@@ -278,8 +340,11 @@ template <class Cell, class T, class Machine>
 Steps forward_cluster(Directions<ForwardArgs> directions, WarpShape shape, const ClusterCut& cut,
                       Machine& machine) {
   const int64_t tiles = (directions[0].N + shape.columns() - 1) / shape.columns();
-  const int64_t bytes = ClusterShared(shape, cut.groups, cut.parts, cut.part_tiles).bytes;
+  const int64_t bytes = ClusterShared(shape, cut).bytes;
   ClusterForward<T> loop{{}, directions.count, cut};
+  for (const ForwardArgs& a : directions)
+    for (const void* p : {a.h, a.c, a.saved})
+      loop.cut.wide = loop.cut.wide && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   return forward_of<Cell, T>(directions, machine, [=, &machine](const auto& layers) mutable {
     std::copy(layers.begin(), layers.end(), loop.layers);
     machine.launch_clusters(shape.blocks == 2  ? cluster_forward<Cell, T, 2, 1>

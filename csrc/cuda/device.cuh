@@ -108,7 +108,8 @@ Steps run_forward(Directions<ForwardArgs> directions, Machine& machine) {
     }
     const WarpShape shape = warp_shape(Cell::kGates, Cell::kStates, Cell::kSaved, sizeof(T), a.H,
                                        plan.team, plan.batch_tile);
-    return forward_cluster<Cell, T>(directions, shape, cluster_cut(shape, a.H, plan.team), machine);
+    const ClusterCut cut = cluster_cut(shape, a.H, plan.team, machine.gpu().shared_of_cta());
+    return forward_cluster<Cell, T>(directions, shape, cut, machine);
   }
   return has_run;
 }

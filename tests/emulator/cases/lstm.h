@@ -45,48 +45,56 @@ inline float weight(bool reverse, int i) { return entry(reverse ? 6 : 2, i); }
 struct ForwardProblem {
   const int N = 3;
   const bool reverse = false;
-  Memory<bf16> x{"x", values(kT * N * kGates * kH, [](int i) { return entry(1, i); })};
-  Memory<bf16> w_hh{"w_hh", values(kGates * kH * kH, [this](int i) { return weight(reverse, i); })};
-  Memory<bf16> h{"h", size_t(kT * N * kH)};
-  Memory<float> h_n{"h_n", size_t(N * kH)}, c_n{"c_n", size_t(N * kH)};
+  const int H = kH;
+  Memory<bf16> x{"x", values(kT * N * kGates * H, [](int i) { return entry(1, i); })};
+  Memory<bf16> w_hh{"w_hh", values(kGates * H * H, [this](int i) { return weight(reverse, i); })};
+  Memory<bf16> h{"h", size_t(kT * N * H)}, c{"c", size_t(kT * N * H)};
+  Memory<bf16> saved{"saved", size_t(kT * N * kGates * H)};
+  Memory<float> h_n{"h_n", size_t(N * H)}, c_n{"c_n", size_t(N * H)};
 
   ForwardLayer<bf16> layer() {
     h_n.fill(0);
     c_n.fill(0);
     ForwardLayer<bf16> a{};
-    a.loop.T = kT, a.loop.N = a.N = N, a.loop.states = 2 * kH;
+    a.loop.T = kT, a.loop.N = a.N = N, a.loop.states = 2 * H;
     a.loop.reverse = reverse;
-    a.count = kT, a.H = kH;
+    a.count = kT, a.H = H;
     a.x = x.data(), a.w_hh = w_hh.data();
-    a.h = h.data(), a.h_n = h_n.data(), a.c_n = c_n.data();
+    a.h = h.data(), a.c = c.data(), a.saved = saved.data();
+    a.h_n = h_n.data(), a.c_n = c_n.data();
     return a;
   }
 
   // Step by step in double, h rounded where the kernels round it.
   Outcome& check(Outcome& outcome) const {
-    std::vector<double> now(size_t(N) * kH), c(now), all(kT * now.size());
+    std::vector<double> now(size_t(N) * H), c_now(now), all_h(kT * now.size()), all_c(all_h);
+    std::vector<double> all_gates(kGates * all_h.size());
     for (int step = 0; step < kT; ++step) {
       const int t = reverse ? kT - 1 - step : step;
       std::vector<double> next(now.size());
       for (int n = 0; n < N; ++n)
-        for (int u = 0; u < kH; ++u) {
+        for (int u = 0; u < H; ++u) {
           double gates[kGates];
           for (int g = 0; g < kGates; ++g) {
-            const int row = g * kH + u;
-            gates[g] = entry(1, (t * N + n) * kGates * kH + row);
-            for (int k = 0; k < kH; ++k)
-              gates[g] += weight(reverse, row * kH + k) *
-                          to_float(from_float<bf16>(float(now[size_t(n * kH + k)])));
+            const int row = g * H + u, of_all = (t * N + n) * kGates * H + row;
+            gates[g] = entry(1, of_all);
+            for (int k = 0; k < H; ++k)
+              gates[g] += weight(reverse, row * H + k) *
+                          to_float(from_float<bf16>(float(now[size_t(n * H + k)])));
+            gates[g] = g == 2 ? tanh(gates[g]) : 1 / (1 + exp(-gates[g]));
+            all_gates[size_t(of_all)] = gates[g];
           }
-          const auto sigmoid = [](double z) { return 1 / (1 + exp(-z)); };
-          double& state = c[size_t(n * kH + u)];
-          state = sigmoid(gates[1]) * state + sigmoid(gates[0]) * tanh(gates[2]);
-          next[size_t(n * kH + u)] = sigmoid(gates[3]) * tanh(state);
+          double& state = c_now[size_t(n * H + u)];
+          state = gates[1] * state + gates[0] * gates[2];
+          next[size_t(n * H + u)] = gates[3] * tanh(state);
         }
       now = next;
-      std::copy(now.begin(), now.end(), all.begin() + t * N * kH);
+      std::copy(now.begin(), now.end(), all_h.begin() + t * N * H);
+      std::copy(c_now.begin(), c_now.end(), all_c.begin() + t * N * H);
     }
-    compare(outcome, "h", h, all, 1.0 / 128);
+    compare(outcome, "h", h, all_h, 1.0 / 128);
+    compare(outcome, "c", c, all_c, 1.0 / 32);
+    compare(outcome, "saved", saved, all_gates, 1.0 / 64);
     return outcome;
   }
 };
