@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPP_FOLDERS := benchmarks benchmarks/micro csrc csrc/cpu csrc/cuda tests tests/emulator tests/emulator/cases \
-    tests/emulator/cuda tests/emulator/ops tests/fake_cuda tests/fake_cuda/torch/csrc/stable
+    tests/emulator/cuda tests/emulator/host tests/emulator/ops tests/fake_cuda tests/fake_cuda/torch/csrc/stable
 CPP_SOURCES = $(wildcard $(foreach kind,h cpp cu cuh,$(CPP_FOLDERS:=/*.$(kind))))
 SANITIZED := build/sanitized
 SANITIZED_TESTS := -m op

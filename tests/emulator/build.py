@@ -28,6 +28,8 @@ BUILD = ROOT / "build" / "emulator"
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 # The emulator's folder first: its cuda/primitives.cuh stands in for csrc/cuda/primitives.cuh.
 INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+# What stands in for CUDA's own header, which nvcc has.
+HOST = f"-I{HERE / 'host'}"
 FLAGS = ["-std=c++20", "-g1", "-Wall", "-Wextra", "-DFUSED_RNN_MOST_HELD=2"]
 # Each seed reports its own races, also where an earlier one has reported the same place.
 TSAN_OPTIONS = "exitcode=0 symbolize=0 suppress_equal_stacks=0 suppress_equal_addresses=0"
@@ -75,7 +77,7 @@ def _run(command: list[str]) -> None:
 def _compile(source: Path, flavour: str, flags: list[str]) -> Path:
     object_file = BUILD / flavour / source.parent.name / f"{source.stem}.o"
     stamp = object_file.with_suffix(".stamp")
-    command = [*CXX, *FLAGS, *INCLUDES, *flags, "-c", str(source), "-o", str(object_file)]
+    command = [*CXX, *FLAGS, *INCLUDES, HOST, *flags, "-c", str(source), "-o", str(object_file)]
     with _locked(object_file):
         if not _is_current(stamp, command):
             depends = object_file.with_suffix(".d")

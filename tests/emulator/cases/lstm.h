@@ -115,6 +115,7 @@ struct BackwardProblem {
     BackwardLoop<bf16> a{};
     a.layer.loop.T = kT, a.layer.loop.N = a.layer.N = N, a.layer.loop.states = 2 * kH;
     a.layer.loop.reverse = reverse;
+    a.count = kT;
     a.layer.H = a.layer.R = kH;
     a.layer.h = h.data(), a.layer.c = c.data(), a.layer.saved = saved.data();
     a.wide = true;
