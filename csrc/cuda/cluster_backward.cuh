@@ -266,12 +266,16 @@ void backward_cluster(Directions<BackwardArgs> directions, BackwardShape shape,
                               BackwardShared(shape, cut).bytes, all);
     };
     const int m = shape.m_tiles;
+    constexpr int kMost = most_backward_tiles(Cell::kGates, sizeof(T), 1);
     if (shape.tiles == 2)
-      launch(m == 2 ? cluster_backward<Cell, T, 2, 2> : cluster_backward<Cell, T, 4, 2>);
-    else
-      launch(m == 2   ? cluster_backward<Cell, T, 2, 1>
-             : m == 4 ? cluster_backward<Cell, T, 4, 1>
-                      : cluster_backward<Cell, T, 6, 1>);
+      return launch(m == 2 ? cluster_backward<Cell, T, 2, 2> : cluster_backward<Cell, T, 4, 2>);
+    if constexpr (kMost >= 8)
+      if (m > 6)
+        return launch(m == 8 ? cluster_backward<Cell, T, 8, 1>
+                             : cluster_backward<Cell, T, kMost, 1>);
+    launch(m == 2   ? cluster_backward<Cell, T, 2, 1>
+           : m == 4 ? cluster_backward<Cell, T, 4, 1>
+                    : cluster_backward<Cell, T, 6, 1>);
   });
 }
 
