@@ -39,7 +39,7 @@ ON_TENSOR_CORES = ("cluster_forward", "cluster_backward", "grid_forward", "grid_
 EXACT = re.compile(r"grid_(?:forward|backward)I\w+?fLb1E")
 # Compiled from sm_90 on: where there are clusters, more tiles than the warps of a lone block have;
 # and what no GPU before has the memory for.
-FROM_90 = re.compile(r"cluster_backwardI\w+?Li[3-9]E|grid_backwardI\w+?Lb0ELi5E")
+FROM_90 = re.compile(r"cluster_backwardI\w+?Li(?:[3-9]|10)E|grid_backwardI\w+?Lb0ELi5E")
 FUNCTION = re.compile(r"^\s*Function : (?P<symbol>\w+)$", re.MULTILINE)
 ARCHITECTURE = re.compile(r"^\s*code for sm_(?P<arch>\w+)$", re.MULTILINE)
 COMPLAINT = re.compile(r"^ptxas.*\b(?:warning|error|fatal)\b.*$", re.MULTILINE)

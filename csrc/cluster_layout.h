@@ -156,7 +156,7 @@ struct BackwardShape {
   // busy.
   FUSED_RNN_FN constexpr int at_once() const {
     if (m_tiles > 2 && (element == 4 || tiles == 2)) return 2;
-    return m_tiles < 6 ? m_tiles : 3;
+    return m_tiles <= 4 ? m_tiles : m_tiles == 6 ? 3 : m_tiles / 2;
   }
   // Registers of a thread beside the weights: the sums and where they go; for 2 units of 2 rows the
   // states' gradients, what is fetched and the gates' gradients; and the rest as compiled for
@@ -164,7 +164,7 @@ struct BackwardShape {
   FUSED_RNN_FN constexpr int other_registers() const {
     return 4 * at_once() * tiles + m_tiles + 4 * states +
            element * (saved + 1 + 3 * states + gates + (gates == 3)) + 10 * (element - 2) +
-           8 * (gates == 3) + 36 * (tiles - 1) + 82 - 4 * m_tiles;
+           8 * (gates == 3) + 36 * (tiles - 1) + 82 - 4 * (m_tiles < 6 ? m_tiles : 6);
   }
   // Tiles of K whose weights a warp keeps in registers. They are multiplied in pairs; an odd one
   // waits for registers for the other's, which float has not.
@@ -182,13 +182,19 @@ struct BackwardCut {
   int warps;      // these, or those that own units, whichever are more
 };
 
+// Tiles of 16 units of a warp at most, for which there are kernels: as many as 16 CTAs have memory
+// for at some H. Of 8 or more that is so where a unit has one gate.
+constexpr int most_backward_tiles(int gates, int element, int tiles) {
+  if (tiles == 2) return 4;
+  return gates > 1 ? 6 : element == 4 ? 8 : 10;
+}
+
 // With m_tiles of 0, no kernel is compiled for so many units.
 constexpr BackwardShape backward_shape(int gates, int states, int saved, int element, int64_t H,
                                        int64_t batch_tile) {
   const int64_t of_warp = (H + 16 * kClusterWarps - 1) / (16 * kClusterWarps);
-  const int tiles = int(batch_tile / 8), most = tiles == 1 ? 6 : 4;
-  const int m_tiles = of_warp <= 2 ? 2 : of_warp <= 4 ? 4 : 6;
-  const bool compiled = of_warp <= most && tiles <= 2;
+  const int tiles = int(batch_tile / 8), m_tiles = int((of_warp + 1) / 2 * 2);
+  const bool compiled = tiles <= 2 && m_tiles <= most_backward_tiles(gates, element, tiles);
   return {gates, states, saved, element, compiled ? m_tiles : 0, tiles};
 }
 

@@ -68,17 +68,19 @@ def test_a_share_of_each_state_stays(case, layer):
     check(layer, make_problem(shape=(3, 3, 33), share=True, **case))
 
 
-# Sixteen blocks; four and six tiles of units a warp in the backward, their weights in registers and
+# Sixteen blocks; four to ten tiles of units a warp in the backward, their weights in registers and
 # in shared memory; and with tiles of 16 rows.
 LARGE = {
     "sixteen": ("gru", 16, (2, 1, 250), None),
     "four": ("lstm", 4, (2, 3, 270), None),
     "wide": ("rnn_tanh", 4, (2, 11, 260), 1),
     "six": ("rnn_relu", 8, (2, 2, 530), None),
+    "eight": ("rnn_tanh", 16, (2, 2, 780), None),
+    "ten": ("rnn_relu", 16, (2, 1, 1030), None),
 }
 
 
-@pytest.mark.parametrize("name", LARGE if numerics.FULL else ["sixteen", "six"])
+@pytest.mark.parametrize("name", LARGE if numerics.FULL else ["sixteen", "six", "ten"])
 def test_many_units(name, layer):
     cell, size, shape, active = LARGE[name]
     team(size, active)

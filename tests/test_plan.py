@@ -365,6 +365,25 @@ def test_a_backward_is_refused_for_the_cut_that_is_nearest(N):
     assert "of shared memory" in words
 
 
+@pytest.mark.parametrize(
+    ("cell", "arithmetic", "most"),
+    [
+        ("rnn_tanh", "bf16", 1280),
+        ("rnn_relu", "fp16", 1280),
+        ("rnn_tanh", "tf32", 1024),
+        ("gru", "bf16", 768),
+        ("lstm", "bf16", 768),
+    ],
+)
+def test_the_most_units_of_a_backward(cell, arithmetic, most):
+    how = {"device": H100, "backward": True}
+    p = plan_all(cell, arithmetic, 512, 8, most, **how, algorithm="cluster")
+    assert (p.team, p.threads) == (16, 256)
+    check_fits(p, H100)
+    words = plan_all(cell, arithmetic, 512, 8, most + 1, **how).refusals["cluster"]
+    assert f"{most + 1} units are more than its warps take back" in words
+
+
 def test_warps_that_multiply_nothing_have_no_weights():
     """Four warps multiply 128 units, eight own them."""
     device = KNOWN_DEVICES["RTX 4090"]
