@@ -273,25 +273,16 @@ Steps backward_cluster(Directions<BackwardArgs> directions, BackwardShape shape,
     const int m = shape.m_tiles;
     constexpr int kMost = most_backward_tiles(Cell::kGates, sizeof(T), 1);
     if (shape.tiles == 2)
-<<<<<<< HEAD
-      launch(m == 2 ? cluster_backward<Cell, T, 2, 2> : cluster_backward<Cell, T, 4, 2>);
-    else
-      launch(m == 2   ? cluster_backward<Cell, T, 2, 1>
-             : m == 4 ? cluster_backward<Cell, T, 4, 1>
-                      : cluster_backward<Cell, T, 6, 1>);
-  };
-  return backward_of<Cell, T>(directions, chunk, machine, run);
-=======
       return launch(m == 2 ? cluster_backward<Cell, T, 2, 2> : cluster_backward<Cell, T, 4, 2>);
     if constexpr (kMost >= 8)
       if (m > 6)
         return launch(m == 8 ? cluster_backward<Cell, T, 8, 1>
                              : cluster_backward<Cell, T, kMost, 1>);
-    launch(m == 2 ? cluster_backward<Cell, T, 2, 1>
+    launch(m == 2   ? cluster_backward<Cell, T, 2, 1>
            : m == 4 ? cluster_backward<Cell, T, 4, 1>
                     : cluster_backward<Cell, T, 6, 1>);
-  });
->>>>>>> 9f99495e9fed96990f22fa139e0ba633ae2015d5
+  };
+  return backward_of<Cell, T>(directions, chunk, machine, run);
 }
 
 }  // namespace fused_rnn::cuda
