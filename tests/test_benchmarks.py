@@ -140,8 +140,8 @@ def test_select_by_name_ignores_size_and_all_takes_everything():
         ({"mode": "fit"}, "unknown mode 'fit'"),
         ({"lengths": "short"}, "unknown lengths 'short'"),
         ({"mode": "step", "T": 2}, "a step is one layer"),
-        ({"task": "translate"}, "one of .*'ensemble'.* not 'translate'"),
-        ({"task": "ensemble", "cell": "gru"}, "an LSTM and one of"),
+        ({"task": "translate"}, "unknown task 'translate', expected one of .*'ensemble'"),
+        ({"task": "stream", "cell": "gru"}, "written for an LSTM"),
     ],
 )
 def test_wrong_workloads_are_refused(change, message):

@@ -70,8 +70,10 @@ class Workload:
             raise ValueError(f"{self.name}: unknown mode {self.mode!r}, expected {[*PASSES]}")
         if self.lengths not in LENGTHS:
             raise ValueError(f"{self.name}: unknown lengths {self.lengths!r}, expected {LENGTHS}")
-        if self.task and (self.task not in TASKS or self.cell != "lstm"):
-            raise ValueError(f"{self.name}: an LSTM and one of {[*TASKS]}, not {self.task!r}")
+        if self.task and self.task not in TASKS:
+            raise ValueError(f"{self.name}: unknown task {self.task!r}, expected one of {[*TASKS]}")
+        if self.task in ("episodes", "stream") and self.cell != "lstm":
+            raise ValueError(f"{self.name}: {self.task!r} is written for an LSTM")
         if self.mode == "step" and (self.T, self.L, self.D) != (1, 1, 1):
             raise ValueError(f"{self.name}: a step is one layer, one direction and T = 1")
 
